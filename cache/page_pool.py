@@ -1,0 +1,241 @@
+"""The page pool: where K and V of every node lie. Tensors and page numbers, no tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from pat_hf.cache.prefix_tree import Node
+
+SINK = 0  # the page that takes the writes of padding tokens; no plan reads it
+
+
+class PoolExhausted(RuntimeError):
+    """More pages were asked for than `max_tokens` allows. Nothing has been taken or changed."""
+
+
+class Layer(NamedTuple):
+    """Pages of one layer: keys [pages, kv heads, page size, key dim], values [.., value dim]."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class PagePool:
+    """Fixed-size pages, the same numbers in every layer, counted by reference.
+
+    A node's token t lies in page `node.pages[t // page_size]` at slot `t % page_size`; a node
+    begins on a page of its own. Tensors are made at a layer's first `write`, on the device and
+    with the heads, dims and dtype of what is written.
+
+    Args:
+        page_size: tokens in a page, a power of two from 16.
+        max_tokens: limit of the pool, in tokens; `None` for the memory's own.
+    """
+
+    def __init__(self, page_size: int = 32, max_tokens: int | None = None):
+        if page_size < 16 or page_size & (page_size - 1):
+            raise ValueError(f"page_size={page_size}: it must be a power of two from 16.")
+        if max_tokens is not None and max_tokens < page_size:
+            raise ValueError(f"max_tokens={max_tokens} is less than one page of {page_size}.")
+        self.page_size = page_size
+        self.limit = None if max_tokens is None else max_tokens // page_size
+        self.layers: dict[int, Layer] = {}
+        self.references = np.ones(1, np.int32)  # the sink's
+        self._free: list[int] = []
+
+    @property
+    def used(self) -> int:
+        """Pages that hold tokens."""
+        return len(self.references) - 1 - len(self._free)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one token's K and V in all layers seen so far."""
+        return sum(tensor[0, :, 0].numel() * tensor.element_size() for tensor in self._tensors())
+
+    def pages(self, tokens: int) -> int:
+        """Pages that a node of `tokens` tokens takes."""
+        return -(-tokens // self.page_size)
+
+    def reserve(self, count: int) -> None:
+        """Makes sure that `count` pages are free, enlarging the tensors once.
+
+        Raises:
+            PoolExhausted: if the limit doesn't allow it.
+        """
+        missing = count - len(self._free)
+        if missing <= 0:
+            return
+        size = len(self.references) + missing
+        if self.limit is not None and size - 1 > self.limit:
+            raise PoolExhausted(
+                f"{self.used} of {self.limit} pages of {self.page_size} tokens are in use and "
+                f"{count} more are needed."
+            )
+        self._free[:0] = range(size - 1, len(self.references) - 1, -1)
+        self.references = np.concatenate([self.references, np.zeros(missing, np.int32)])
+        for index, layer in self.layers.items():
+            self.layers[index] = Layer(*(_enlarged(tensor, size) for tensor in layer))
+
+    def extend(self, nodes: Iterable[tuple[Node, int]]) -> None:
+        """Gives nodes the pages for all their tokens, or none of them any.
+
+        A part-filled page that another node holds too is copied before it is written.
+
+        Args:
+            nodes: each with the number of its tokens that are stored already.
+
+        Raises:
+            PoolExhausted: before anything has changed.
+        """
+        nodes = [(node, stored) for node, stored in nodes if node.length > stored]
+        sharers = Counter()
+        needed = 0
+        for node, stored in nodes:
+            held = node.pages or []
+            needed += self.pages(node.length) - len(held)
+            if stored % self.page_size:
+                page = held[stored // self.page_size]
+                needed += int(self.references[page]) - sharers[page] > 1
+                sharers[page] += 1
+        if needed > len(self._free):
+            # Decoding asks for a little at a time: half as much again keeps copies rare.
+            room = len(self.references) // 2
+            if self.limit is not None:
+                room = min(room, self.limit - self.used - needed)
+            self.reserve(needed + max(room, 0) if self.used else needed)
+        copies: dict[int, int] = {}
+        for node, stored in nodes:
+            if node.pages is None:
+                node.pages = []
+            tail = stored // self.page_size
+            if stored % self.page_size and self.references[node.pages[tail]] > 1:
+                copy = self._take()
+                copies[copy] = node.pages[tail]
+                self._release([node.pages[tail]])
+                node.pages[tail] = copy
+            node.pages += [self._take() for _ in range(self.pages(node.length) - len(node.pages))]
+        if copies:
+            for tensor in self._tensors():
+                source, target = _index(list(copies.values()), tensor), _index(list(copies), tensor)
+                tensor[target] = tensor[source]
+
+    def write(
+        self,
+        index: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        pages: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> Layer:
+        """Stores a layer's K and V and returns its pages.
+
+        Args:
+            index: the layer's number.
+            keys: [batch, kv heads, tokens, key dim].
+            values: [batch, kv heads, tokens, value dim].
+            pages, slots: int64 [batch * tokens], where each token goes.
+
+        Raises:
+            ValueError: if heads, dims, dtype or device aren't those of what the layer holds.
+        """
+        layer = self.layers.get(index)
+        if layer is None:
+            size = len(self.references)
+            layer = Layer(*(_new_pages(size, self.page_size, x) for x in (keys, values)))
+            self.layers[index] = layer
+        for held, given in zip(layer, (keys, values), strict=True):
+            if _kind(held) != _kind(given):
+                raise ValueError(
+                    f"Layer {index} holds {_kind(held)} (kv heads, dim, dtype, device) and was "
+                    f"given {_kind(given)}. A cache serves one model in one dtype: make a new "
+                    "PATCache, or call reset() on this one."
+                )
+            tokens = given.detach().transpose(1, 2).flatten(0, 1)
+            held[pages, :, slots] = tokens
+        return layer
+
+    def split(self, node: Node, at: int) -> list[int] | None:
+        """Takes the pages of the first `at` tokens off a node and returns them.
+
+        The rest moves to pages of its own where the cut is inside a page.
+        """
+        if node.pages is None:
+            return None
+        held, whole, part = node.pages, *divmod(at, self.page_size)
+        if part == 0:
+            node.pages = held[whole:]
+            return held[:whole]
+        count = self.pages(node.length - at)
+        self.reserve(count)
+        node.pages = [self._take() for _ in range(count)]
+        target = np.arange(node.length - at)
+        source = target + at
+        for tensor in self._tensors():
+            page, slot = (
+                _index(x, tensor)
+                for x in (np.array(held)[source // self.page_size], source % self.page_size)
+            )
+            tokens = tensor[page, :, slot]
+            page, slot = (
+                _index(x, tensor)
+                for x in (np.array(node.pages)[target // self.page_size], target % self.page_size)
+            )
+            tensor[page, :, slot] = tokens
+        self._release(held[whole + 1 :])
+        return held[: whole + 1]
+
+    def fork(self, original: Node, copy: Node) -> None:
+        """Lets `copy` hold the pages of `original` by reference."""
+        if original.pages is not None:
+            copy.pages = list(original.pages)
+            self.references[copy.pages] += 1
+
+    def trim(self, node: Node) -> None:
+        """Gives back the pages behind the node's last token."""
+        if node.pages is not None:
+            keep = self.pages(node.length)
+            self._release(node.pages[keep:])
+            node.pages = node.pages[:keep]
+
+    def _take(self) -> int:
+        page = self._free.pop()
+        self.references[page] = 1
+        return page
+
+    def _release(self, pages: list[int]) -> None:
+        for page in pages:
+            self.references[page] -= 1
+            if self.references[page] == 0:
+                self._free.append(page)
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        for layer in self.layers.values():
+            yield from layer
+
+
+def _index(numbers: list[int] | np.ndarray, tensor: torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(numbers, dtype=torch.int64, device=tensor.device)
+
+
+def _kind(tensor: torch.Tensor) -> tuple[int, int, torch.dtype, torch.device]:
+    return tensor.shape[1], tensor.shape[3], tensor.dtype, tensor.device
+
+
+def _new_pages(size: int, page_size: int, like: torch.Tensor) -> torch.Tensor:
+    _, heads, _, dim = like.shape
+    # A tensor made in inference mode could not be written outside of it.
+    with torch.inference_mode(False):
+        return torch.empty((size, heads, page_size, dim), dtype=like.dtype, device=like.device)
+
+
+def _enlarged(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    with torch.inference_mode(False):
+        larger = tensor.new_empty((size, *tensor.shape[1:]))
+        larger[: len(tensor)] = tensor
+    return larger

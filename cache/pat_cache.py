@@ -1,0 +1,549 @@
+"""PATCache: a Transformers cache that stores and reads every shared token once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Cache, PretrainedConfig, PreTrainedModel
+
+from pat_hf.cache.page_pool import SINK, PagePool, PoolExhausted
+from pat_hf.cache.prefix_tree import Node, PrefixTree
+from pat_hf.cache.report import Report, draw
+from pat_hf.kernels.ops import backend
+from pat_hf.kernels.plan import Heads, Machine, Nodes, Plan, make_plan
+
+
+class Step:
+    """What the layers need in one forward: the plan, and where the new tokens go.
+
+    Args:
+        plan: the plan of this forward's query rows.
+        device: where the plan goes.
+        batch, length: shape of the forward's input.
+        pages, slots: int64 [batch * length], where each token is stored.
+        columns: by how much the forward lengthens every request, padding included.
+        real: bool [batch, columns], padding `False`; `None` where there is none.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        device: torch.device,
+        batch: int,
+        length: int,
+        pages: np.ndarray,
+        slots: np.ndarray,
+        columns: int,
+        real: np.ndarray | None = None,
+    ):
+        self.tensor = plan.tensor(device)
+        self.shape = (batch, length)
+        self.columns = columns
+        self.real = real
+        self.written: set[int] = set()  # layers that have stored their K and V
+        self._targets = {torch.device("cpu"): (torch.from_numpy(pages), torch.from_numpy(slots))}
+
+    def targets(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pages and slots, on a layer's device."""
+        if device not in self._targets:
+            pages, slots = next(iter(self._targets.values()))
+            self._targets[device] = (pages.to(device), slots.to(device))
+        return self._targets[device]
+
+    def advance(self) -> None:
+        """Moves every request one token on, inside the pages that it has."""
+        Plan.positions(self.tensor).add_(1)
+        for _, slots in self._targets.values():
+            slots.add_(1)
+        self.written.clear()
+
+
+class KVLength(int):
+    """A length that carries its cache: all that Transformers hands to a mask function."""
+
+    cache: PATCache
+
+    def __new__(cls, value: int, cache: PATCache) -> KVLength:
+        self = super().__new__(cls, value)
+        self.cache = cache
+        return self
+
+
+class PATCache(Cache):
+    """K and V of a batch as a prefix tree: every distinct token is stored and read once.
+
+    Give it to `model.generate(**inputs, past_key_values=PATCache(model))`. It holds the batch of
+    the last call; a call that follows reuses all tokens that its prompts share with that batch.
+
+    Args:
+        model: a decoder-only model loaded with `attn_implementation="pat"`.
+        page_size: tokens in a page, a power of two from 16.
+        max_tokens: limit of stored tokens, whole pages counted; `None` for the memory's own.
+        prefill_tokens: prompt tokens that go through the model at a time.
+
+    Raises:
+        TypeError: if `model` is not a Transformers model.
+        ValueError: if the model's attention can't be taken over; the message says why.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        page_size: int = 32,
+        max_tokens: int | None = None,
+        prefill_tokens: int = 8192,
+    ):
+        if prefill_tokens < 1:
+            raise ValueError(f"prefill_tokens={prefill_tokens}: at least one is needed.")
+        self.config = _supported_config(model)
+        self.heads = _heads(self.config, model.dtype)
+        super().__init__(layers=[])
+        self.prefill_tokens = prefill_tokens
+        self.pool = PagePool(page_size, max_tokens)
+        self.prefixes = PrefixTree(self.pool)
+        self._clear()
+
+    def _clear(self) -> None:
+        self.prompted = 0  # prompt tokens given, padding left out
+        self.prefilled = 0  # of these, tokens that went through the model
+        self.fallback: str | None = None  # why prompts were computed request by request
+        self._columns = 0  # length as Transformers counts it, padding included
+        # [requests, columns]: which are tokens; columns beyond these all are
+        self._mask = np.ones((0, 0), bool)
+        self._step: Step | None = None
+        self._room = 0  # steps until an open leaf needs a page
+        self._version = -1  # of the tree that the step was planned for
+
+    # What Transformers asks of a cache
+
+    def __len__(self) -> int:
+        return self.config.num_hidden_layers
+
+    def __repr__(self) -> str:
+        return (
+            f"PATCache(requests={len(self.prefixes)}, length={self._columns}, "
+            f"tokens={self.tokens:,} stored of {self.dense_tokens:,}, "
+            f"pages={self.pool.used} x {self.pool.page_size}, layers={len(self)})"
+        )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of a request, padding included: the length of `attention_mask` so far."""
+        return self._columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: there is no maximum."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Length and offset for the mask function; the length carries this cache to it."""
+        return KVLength(self._columns + query_length, self), 0
+
+    @property
+    def batch_size(self) -> int:
+        """Number of requests; -1 before there are any."""
+        return len(self.prefixes) or -1
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        return True
+
+    @property
+    def is_initialized(self) -> bool:
+        return bool(self.pool.layers)
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        # All tokens are kept; the kernels apply the windows.
+        return [False] * len(self)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        return [False] * len(self)
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores new K and V and returns the layer's pages.
+
+        Args:
+            key_states: [batch, kv heads, tokens, key dim].
+            value_states: [batch, kv heads, tokens, value dim].
+            layer_idx: the layer's number.
+
+        Returns:
+            Pages of K and of V, [pages, kv heads, page size, dim], for the "pat" attention only.
+
+        Raises:
+            RuntimeError: if the forward was not announced by the "pat" mask function.
+            ValueError: if heads, dims, dtype or device are not those of what is stored.
+        """
+        step = self._step
+        if step is None or layer_idx in step.written:
+            raise RuntimeError(
+                "PATCache has no plan for this forward. It needs a model loaded with "
+                f'attn_implementation="pat" (this one has {self.config._attn_implementation!r}) '
+                "and a 2-D attention_mask of 0 and 1, or none; a 4-D mask, or one that a model "
+                "makes by itself, can't be honoured."
+            )
+        layer = self.pool.write(
+            layer_idx, key_states, value_states, *step.targets(key_states.device)
+        )
+        if not step.written:
+            if step.real is not None:
+                known = self._columns - self._mask.shape[1]
+                generated = np.ones((len(self._mask), known), bool)
+                self._mask = np.concatenate([self._mask, generated, step.real], 1)
+            self._columns += step.columns
+        step.written.add(layer_idx)
+        return layer.keys, layer.values
+
+    def clear(self) -> None:
+        """Forgets all requests; the memory stays, for the next ones."""
+        self.prefixes.select([])
+        self._clear()
+
+    def reset(self) -> None:
+        """Forgets everything and gives the memory back."""
+        self.pool = PagePool(
+            self.pool.page_size,
+            None if self.pool.limit is None else self.pool.limit * self.pool.page_size,
+        )
+        self.prefixes = PrefixTree(self.pool)
+        self._clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens of every request.
+
+        Args:
+            tokens_to_remove: minus the number of tokens, or, as Transformers still allows, the
+                length to keep if it is positive. Padding counts.
+        """
+        count = int(tokens_to_remove)
+        count = -count if count <= 0 else max(0, self._columns - count)
+        if count == 0:
+            return
+        keep = max(0, self._columns - count)
+        mask = self._mask[:, :keep]
+        generated = self._columns - self._mask.shape[1]
+        for request in range(len(self.prefixes)):
+            tokens = min(generated, count) + int(self._mask[request, keep:].sum())
+            self.prefixes.truncate(request, tokens)
+        self._columns, self._mask = keep, mask
+        self._step = None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Makes requests `beam_idx` the batch; shared pages are passed on by reference."""
+        self._select(beam_idx.tolist())
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps requests `indices`, in that order."""
+        self._select(torch.arange(len(self.prefixes))[indices.cpu()].tolist())
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every request, by reference."""
+        self._select([i for i in range(len(self.prefixes)) for _ in range(repeats)])
+
+    def _select(self, indices: Sequence[int]) -> None:
+        self.prefixes.select(indices, self.pool.page_size)
+        self._mask = self._mask[list(indices)]
+        self._step = None
+
+    def __deepcopy__(self, memo: dict) -> PATCache:
+        twin = copy.copy(self)
+        twin.pool = copy.deepcopy(self.pool, memo)
+        twin.prefixes = self.prefixes.copy(twin.pool)
+        twin._mask = self._mask.copy()
+        twin._step = None
+        return twin
+
+    # What the forward asks
+
+    def admit(self, input_ids: np.ndarray, mask: np.ndarray, ahead: int = 0) -> list[Node]:
+        """Makes the prompts the batch; returns the nodes still to be computed.
+
+        What the cache holds of them already is kept, the rest of what it holds is dropped.
+
+        Args:
+            input_ids: int64 [requests, columns].
+            mask: bool, the same shape; padding is `False`.
+            ahead: tokens that each request is going to generate.
+
+        Raises:
+            PoolExhausted: if the prompts don't fit; the cache is as before.
+        """
+        self._label(input_ids)
+        first = len(self.prefixes)
+        for ids, real in zip(input_ids, mask, strict=True):
+            self.prefixes.insert(ids[real])
+        requests = range(first, len(self.prefixes))
+        nodes = {node: None for request in requests for node in self.prefixes.path(request)}
+        missing = [node for node in nodes if node.pages is None]
+        pages = sum(self.pool.pages(node.length) for node in nodes)
+        if self.pool.limit is not None and pages > self.pool.limit:
+            self.prefixes.select(range(first))
+            raise PoolExhausted(
+                f"The prompts take {pages} pages of {self.pool.page_size} tokens, and "
+                f"max_tokens allows {self.pool.limit}. Raise max_tokens to "
+                f"{pages * self.pool.page_size:,} or more, or give fewer or shorter prompts. "
+                f"{self._holdings()}"
+            )
+        self.prefixes.select(requests)
+        ahead = len(self.prefixes) * self.pool.pages(ahead)
+        if self.pool.limit is not None:
+            ahead = min(ahead, self.pool.limit - pages)
+        self.pool.reserve(sum(self.pool.pages(node.length) for node in missing) + ahead)
+        self.pool.extend([(node, 0) for node in missing])
+        self.prefilled += sum(node.length for node in missing)
+        self.prompted += int(mask.sum())
+        self._columns, self._mask = mask.shape[1], mask.copy()
+        self._step = None
+        return missing
+
+    def _label(self, input_ids: np.ndarray) -> None:
+        """Learns from the new prompts the ids of what the last call generated."""
+        batch, columns = self._mask.shape
+        if len(input_ids) != batch or input_ids.shape[1] < self._columns:
+            return
+        for request in range(batch):
+            prompt = input_ids[request, :columns][self._mask[request]]
+            generated = input_ids[request, columns : self._columns]
+            self.prefixes.label(request, np.concatenate([prompt, generated]))
+
+    def announce(self, step: Step | None) -> None:
+        """Says what the next forward is; `None` withdraws it."""
+        self._step = step
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Makes sure that this cache is for `model`.
+
+        Raises:
+            ValueError: if it isn't, or the model's attention has been changed since.
+        """
+        config = model.config.get_text_config(decoder=True)
+        if config is not self.config:
+            raise ValueError(
+                f"This PATCache was made for another model than this {type(model).__name__}, "
+                "and one model's keys and values mean nothing to another. Make one for each: "
+                "PATCache(model)."
+            )
+        _supported_config(model)
+        held = {layer.keys.dtype for layer in self.pool.layers.values()}
+        if held and model.dtype not in held:
+            raise ValueError(
+                f"This PATCache holds {', '.join(map(str, held))} and the model now computes in "
+                f"{model.dtype}. Call reset() on the cache, or make a new one."
+            )
+
+    def begin(self, batch: int, length: int, mask: torch.Tensor | None, device: torch.device):
+        """Plans a forward of `length` tokens for every request; several calls plan it once.
+
+        Args:
+            batch, length: shape of the forward's input.
+            mask: bool [batch, columns + length] or `None`; its last columns tell new padding.
+            device: where the plan goes.
+
+        Returns:
+            The plan, int32 [1, 1, ., .].
+
+        Raises:
+            ValueError: if `batch` is not the number of requests.
+            PoolExhausted: if there is no page for the new tokens; the cache is as before.
+        """
+        step = self._step
+        if step is not None and not step.written and step.shape == (batch, length):
+            return step.tensor
+        if len(self.prefixes) == 0:
+            self.prefixes.select(
+                [self.prefixes.insert(np.empty(0, np.int64)) for _ in range(batch)]
+            )
+            self._mask = np.ones((batch, 0), bool)
+        if batch != len(self.prefixes):
+            raise ValueError(
+                f"The forward has a batch of {batch} and the cache holds {len(self.prefixes)} "
+                "requests. Select or repeat them with batch_select_indices, "
+                "batch_repeat_interleave or reorder_cache, or call reset()."
+            )
+        if length == 1 and step is not None and self._room > 0 and step.shape == (batch, 1):
+            for request in range(batch):
+                self.prefixes.append(request, 1)
+            self._room -= 1
+            step.advance()
+            return step.tensor
+        real = np.ones((batch, length), bool)
+        if mask is not None and length > 1:
+            real = mask[:, -length:].cpu().numpy()
+        self._step = self._plan_growth(real, device)
+        return self._step.tensor
+
+    def _plan_growth(self, real: np.ndarray, device: torch.device) -> Step:
+        batch, length = real.shape
+        counts = real.sum(1)
+        position = np.array([self.prefixes.length(r) for r in range(batch)])[:, None]
+        position = position + np.cumsum(real, 1) - 1
+        leaves = {r: self.prefixes.append(r, int(n)) for r, n in enumerate(counts) if n}
+        try:
+            self.pool.extend([(leaf, leaf.length - int(counts[r])) for r, leaf in leaves.items()])
+        except PoolExhausted as error:
+            for request in leaves:
+                self.prefixes.truncate(request, int(counts[request]))
+            raise PoolExhausted(
+                f"{error} {self._holdings()} Raise max_tokens, generate fewer tokens or "
+                "requests, or free some with batch_select_indices or reset()."
+            ) from None
+        size = self.pool.page_size
+        order = self.prefixes.preorder()
+        node = np.full((batch, length), -1, np.int32)
+        pages = np.full((batch, length), SINK)
+        slots = np.zeros((batch, length), np.int64)
+        room = size
+        for request, leaf in leaves.items():
+            row = real[request]
+            inside = position[request, row] - leaf.start
+            node[request, row] = order.index[leaf]
+            pages[request, row] = np.array(leaf.pages)[inside // size]
+            slots[request, row] = inside % size
+            room = min(room, len(leaf.pages) * size - leaf.length)
+        # A pad has no leaf to advance; the next step plans anew.
+        self._room = room if length == 1 and len(leaves) == batch else 0
+        plan = self.plan(order, node.ravel(), position.ravel(), device)
+        return Step(
+            plan,
+            device,
+            batch,
+            length,
+            pages.ravel(),
+            slots.ravel(),
+            columns=length,
+            real=None if real.all() else real,
+        )
+
+    def plan(self, order, node: np.ndarray, position: np.ndarray, device: torch.device) -> Plan:
+        """A plan over the tree for query rows at `position` below `node` (rows of `order`)."""
+        size = self.pool.page_size
+        counts = [len(n.pages) for n in order.nodes]
+        # An open leaf may be read to the end of its pages: positions bound what is there.
+        length = [
+            count * size if n.open else n.length
+            for n, count in zip(order.nodes, counts, strict=True)
+        ]
+        nodes = Nodes(
+            order.parent,
+            order.end,
+            order.start,
+            np.array(length, np.int32),
+            np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
+            np.array([page for n in order.nodes for page in n.pages], np.int32),
+        )
+        return make_plan(
+            nodes, node, position.astype(np.int32), self.heads, size, Machine.of(device)
+        )
+
+    # What a user asks
+
+    @property
+    def tokens(self) -> int:
+        """Distinct tokens: each is stored once."""
+        return sum(node.length for node in self.prefixes)
+
+    @property
+    def dense_tokens(self) -> int:
+        """Tokens that a cache without sharing would store."""
+        return sum(self.prefixes.length(r) for r in range(len(self.prefixes)))
+
+    def report(self) -> Report:
+        """What sharing saved: tokens, bytes, traffic of a decode step, and the backend."""
+        per_token = self.pool.bytes_per_token
+        read = 0
+        if len(self.prefixes) and self.pool.layers:
+            order = self.prefixes.preorder()
+            ends = [node for node in self.prefixes.ends if node.parent is not None]
+            node = np.array([order.index[end] for end in ends], np.int32)
+            position = np.array([end.end - 1 for end in ends], np.int32)
+            read = self.plan(order, node, position, self.device).kv_tokens
+        return Report(
+            requests=len(self.prefixes),
+            depth=max((len(self.prefixes.path(r)) for r in range(len(self.prefixes))), default=0),
+            tokens=self.tokens,
+            dense_tokens=self.dense_tokens,
+            bytes_held=self.pool.used * self.pool.page_size * per_token,
+            bytes_per_token=per_token,
+            read_tokens=read,
+            prompt_tokens=self.prompted,
+            prefilled_tokens=self.prefilled,
+            backend=backend(self.device),
+            fallback=self.fallback,
+        )
+
+    def tree(self) -> str:
+        """The prefix tree, drawn for a terminal; alike leaves share a line."""
+        return draw(self.prefixes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first layer's pages are."""
+        layers = self.pool.layers
+        return layers[min(layers)].keys.device if layers else torch.device("cpu")
+
+    def _holdings(self) -> str:
+        prompts = sum(self.pool.pages(n.length) for n in self.prefixes if not n.open)
+        generated = sum(self.pool.pages(n.length) for n in self.prefixes if n.open)
+        return (
+            f"The cache holds {len(self.prefixes)} requests: {prompts} pages of prompts and "
+            f"{generated} of generated tokens."
+        )
+
+
+def _heads(config: PretrainedConfig, dtype: torch.dtype) -> Heads:
+    query = config.num_attention_heads
+    kv = getattr(config, "num_key_value_heads", None) or query
+    dim = getattr(config, "head_dim", None) or config.hidden_size // query
+    return Heads(query, kv, dim, dim, dtype.itemsize)
+
+
+def _supported_config(model: PreTrainedModel) -> PretrainedConfig:
+    """The text decoder's config, or an error that names what rules the model out."""
+    if hasattr(model, "get_base_model"):  # PEFT
+        model = model.get_base_model()
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"PATCache takes the model it is for, as in PATCache(model), not a "
+            f"{type(model).__name__}."
+        )
+    name = type(model).__name__
+    config = model.config.get_text_config(decoder=True)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if model.config.is_encoder_decoder:
+        reason = "it is an encoder-decoder model"
+    elif not model._supports_attention_backend:
+        reason = "it computes attention in code of its own, which can't be replaced"
+    elif model._is_stateful or kinds - {"full_attention", "sliding_attention"}:
+        reason = f"its layers ({', '.join(sorted(kinds)) or 'recurrent'}) are not all attention"
+    elif getattr(config, "kv_lora_rank", None):
+        reason = "it changes K and V after they are cached (latent attention)"
+    elif getattr(config, "is_causal", True) is False:
+        reason = "its attention is not causal"
+    elif config._attn_implementation != "pat":
+        raise ValueError(
+            f"PATCache needs the attention that reads its pages, and {name} has "
+            f"attn_implementation={config._attn_implementation!r}. Load it with "
+            'attn_implementation="pat", or call model.set_attn_implementation("pat").'
+        )
+    else:
+        return config
+    raise ValueError(
+        f"PATCache can't hold {name}'s keys and values: {reason}. Use DynamicCache for this model."
+    )

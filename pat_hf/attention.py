@@ -1,0 +1,125 @@
+"""Attention "pat" for Transformers: pages and a plan on a PATCache, sdpa elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from pat_hf.kernels.ops import attention
+
+
+def pat_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention over pages where `attention_mask` is a plan (int32), over dense K and V otherwise.
+
+    Args:
+        query: [batch, query heads, tokens, key dim].
+        key, value: with a plan, a layer's pages [pages, kv heads, page size, dim]; else
+            [batch, kv heads, length, dim].
+        attention_mask: what `pat_mask` returned.
+        scaling: factor of the scores; key dim ** -0.5 if `None`.
+        sliding_window: last positions that a query sees, its own included; `None` for all.
+        softcap: c in c * tanh(score / c), as Gemma 2 has it.
+        s_aux: [query heads], attention sinks: a score each that takes part in the softmax only.
+
+    Returns:
+        [batch, tokens, query heads, value dim], and `None` for the weights.
+
+    Raises:
+        ValueError: if the weights are asked for, or the model adds a bias to the scores.
+    """
+    if attention_mask is None or attention_mask.dtype != torch.int32:
+        if s_aux is not None:
+            raise ValueError(
+                'Without a PATCache "pat" computes what sdpa does, and sdpa has no attention '
+                'sinks. Pass past_key_values=PATCache(model), or load with "eager".'
+            )
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            '"pat" never holds the attention weights. Load the model with '
+            'attn_implementation="eager" for output_attentions=True.'
+        )
+    if kwargs.get("position_bias") is not None:
+        raise ValueError(
+            f"{type(module).__name__} adds a position bias to the scores, which PATCache does "
+            "not support. Use DynamicCache for this model."
+        )
+    out = attention(
+        query,
+        key,
+        value,
+        attention_mask,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return out, None
+
+
+def pat_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """The plan of a forward on a PATCache, int32 [1, 1, ., .]; the mask of sdpa without one.
+
+    Args:
+        kv_length: from a PATCache, an int that carries the cache.
+        others: as Transformers passes them to every mask function.
+
+    Raises:
+        ValueError: if the model combines the causal mask with one of its own.
+    """
+    cache = getattr(kv_length, "cache", None)
+    if cache is not None and not use_vmap:
+        return cache.begin(batch_size, q_length, attention_mask, torch.device(device))
+    if cache is not None:
+        raise ValueError(
+            "This model changes the causal mask (bidirectional blocks, for instance), which "
+            "PATCache does not support. Use DynamicCache for this input."
+        )
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        use_vmap=use_vmap,
+        device=device,
+        **kwargs,
+    )
+
+
+def register() -> None:
+    """Makes `attn_implementation="pat"` known to Transformers, with its mask function."""
+    AttentionInterface.register("pat", pat_attention)
+    AttentionMaskInterface.register("pat", pat_mask)

@@ -1,0 +1,355 @@
+"""generate() on a PATCache against stock Transformers: sdpa with DynamicCache, in float32."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import DynamicCache
+
+import pat_hf
+from pat_hf.cache.page_pool import SINK
+
+from .models import CONFIGS, VOCABULARY, batch, pair
+
+RNG = np.random.default_rng(0)
+
+
+def text(n, seed=None):
+    rng = RNG if seed is None else np.random.default_rng(seed)
+    return rng.integers(2, VOCABULARY, n).tolist()
+
+
+SYSTEM, DOCUMENT = text(70, 1), text(45, 2)
+BATCHES = {
+    "ragged": [SYSTEM + text(n, n) for n in (1, 5, 17, 40)],
+    "two-levels": [SYSTEM + DOCUMENT + text(n, n) for n in (3, 9)]
+    + [SYSTEM + text(n, n) for n in (2, 30)],
+    "identical": [SYSTEM] * 4,
+    "prefix-of-another": [SYSTEM, SYSTEM[:30], SYSTEM[:1], SYSTEM + [5]],
+    "disjoint": [text(n, n) for n in (33, 12, 1)],
+    "one": [text(21, 3)],
+}
+MODES = {
+    "greedy": {"do_sample": False},
+    "sample": {"do_sample": True, "top_k": 20, "temperature": 1.3},
+    "samples-3": {"do_sample": True, "num_return_sequences": 3},
+    "beams-4": {"num_beams": 4, "do_sample": False},
+}
+
+
+def generate(model, inputs, cache=None, **kwargs):
+    torch.manual_seed(0)
+    return model.generate(
+        **inputs, past_key_values=cache, max_new_tokens=kwargs.pop("max_new_tokens", 40), **kwargs
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("prompts", BATCHES)
+def test_same_tokens(name, prompts):
+    stock, pat = pair(name)
+    inputs = batch(BATCHES[prompts])
+    ours = generate(pat, inputs, pat_hf.PATCache(pat), do_sample=False)
+    assert torch.equal(ours, generate(stock, inputs, do_sample=False))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gpt2"])
+def test_same_tokens_in_mode(name, mode):
+    stock, pat = pair(name)
+    inputs = batch(BATCHES["two-levels"])
+    ours = generate(pat, inputs, pat_hf.PATCache(pat, page_size=16), **MODES[mode])
+    assert torch.equal(ours, generate(stock, inputs, **MODES[mode]))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_logits_of_every_step_under_forced_tokens(data):
+    """Forced tokens: one near-tie can't hide or cascade."""
+    name = data.draw(st.sampled_from(list(CONFIGS)))
+    stock, pat = pair(name)
+    prompts = []
+    for _ in range(data.draw(st.integers(1, 6))):
+        start = data.draw(st.sampled_from(prompts)) if prompts else []
+        keep = data.draw(st.integers(0, len(start)))
+        own = data.draw(st.integers(0 if keep else 1, 50))
+        prompts.append(start[:keep] + text(own, data.draw(st.integers(0, 99))))
+    inputs = batch(prompts)
+    steps = data.draw(st.integers(1, 6))
+    chunk = data.draw(st.sampled_from([1, 7, 64, 8192]))
+    forced = torch.from_numpy(
+        np.random.default_rng(len(prompts)).integers(2, VOCABULARY, (len(prompts), steps))
+    )
+    cache = pat_hf.PATCache(
+        pat, page_size=data.draw(st.sampled_from([16, 32])), prefill_tokens=chunk
+    )
+    ours = _forced(pat, inputs, forced, cache)
+    theirs = _forced(stock, inputs, forced, DynamicCache(config=stock.config))
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=2e-4)
+
+
+def _forced(model, inputs, forced, cache):
+    """Logits [batch, steps + 1, vocabulary] when the generated tokens are given."""
+    length = inputs["input_ids"].shape[1]
+
+    def force(ids, scores):
+        step = ids.shape[1] - length
+        if step < forced.shape[1]:
+            scores = torch.full_like(scores, -1e9)
+            scores[torch.arange(len(ids)), forced[:, step]] = 0
+        return scores
+
+    out = model.generate(
+        **inputs,
+        past_key_values=cache,
+        max_new_tokens=forced.shape[1] + 1,
+        do_sample=False,
+        logits_processor=[force],
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return torch.stack(out.logits, 1)
+
+
+@pytest.mark.parametrize("extra", [{}, {"num_return_sequences": 3, "do_sample": True}])
+@pytest.mark.parametrize("chunk", [13, 8192])
+def test_every_distinct_token_is_computed_once(chunk, extra):
+    _, pat = pair("llama")
+    prompts = BATCHES["two-levels"] * 2
+    seen = []
+    hook = pat.model.embed_tokens.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    try:
+        cache = pat_hf.PATCache(pat, prefill_tokens=chunk)
+        generate(pat, batch(prompts), cache, max_new_tokens=2, **extra)
+    finally:
+        hook.remove()
+    distinct = {tuple(p[: i + 1]) for p in prompts for i in range(len(p))}
+    *packed, step = seen
+    assert max(x.numel() for x in packed) <= chunk
+    assert sum(x.numel() for x in packed) == len(distinct) == cache.prefilled
+    requests = len(prompts) * extra.get("num_return_sequences", 1)
+    assert step.shape == (requests, 1)
+    # Prompts and the one generated token that went through the model.
+    assert cache.tokens == len(distinct) + requests
+
+
+@pytest.mark.parametrize("prompts", BATCHES)
+def test_memory(prompts):
+    _, pat = pair("llama")
+    cache = pat_hf.PATCache(pat, page_size=16)
+    generate(pat, batch(BATCHES[prompts]), cache)
+    report = cache.report()
+    nodes = len(list(cache.prefixes))
+    assert report.bytes_per_token == 2 * 3 * 2 * 16 * 4
+    assert report.bytes_held <= (report.tokens + nodes * 16) * report.bytes_per_token
+    allocated = sum(t.numel() * t.element_size() for t in cache.pool._tensors())
+    spare = (len(cache.prefixes) + 1) * 48  # pages reserved for 40 new tokens each, and the sink
+    assert allocated <= (report.tokens + nodes * 16 + spare) * report.bytes_per_token
+
+
+def test_pads_are_not_stored():
+    _, pat = pair("llama")
+    cache = pat_hf.PATCache(pat)
+    pages = []
+    write = cache.pool.write
+
+    def recorded(index, keys, values, page, slot):
+        pages.append(page)
+        return write(index, keys, values, page, slot)
+
+    cache.pool.write = recorded
+    generate(pat, batch(BATCHES["ragged"]), cache, max_new_tokens=3)
+    assert cache.dense_tokens == sum(map(len, BATCHES["ragged"])) + 2 * 4
+    assert all((page != SINK).all() for page in pages)
+
+
+def test_eos_at_different_steps():
+    stock, pat = pair("llama")
+    inputs = batch(BATCHES["ragged"])
+    free = generate(stock, inputs, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    eos = free[1, 5].item()
+    kwargs = {"do_sample": False, "eos_token_id": eos, "pad_token_id": 0}
+    ours = generate(pat, inputs, pat_hf.PATCache(pat), **kwargs)
+    assert torch.equal(ours, generate(stock, inputs, **kwargs))
+
+
+def test_second_turn_computes_only_what_is_new():
+    stock, pat = pair("llama")
+    cache = pat_hf.PATCache(pat)
+    inputs = batch(BATCHES["ragged"])
+    first = generate(pat, inputs, cache, do_sample=False)
+    before = cache.prefilled
+    turn = torch.tensor([text(9, r) for r in range(4)])
+    ids = torch.cat([first, turn], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(4, ids.shape[1])], 1)
+    mask = mask[:, : ids.shape[1]].long()
+    both = {"input_ids": ids, "attention_mask": mask}
+    ours = generate(pat, both, cache, do_sample=False)
+    assert torch.equal(ours, generate(stock, both, do_sample=False))
+    # The last generated token of each row was never fed.
+    assert cache.prefilled - before == 4 * (9 + 1)
+
+
+def test_second_turn_with_padding_behind_the_first_answers():
+    stock, pat = pair("llama")
+    cache = pat_hf.PATCache(pat)
+    inputs = batch(BATCHES["ragged"])
+    first = generate(pat, inputs, cache, do_sample=False)
+    length = inputs["input_ids"].shape[1]
+    ids = torch.cat([first, torch.tensor([text(4, r) for r in range(4)])], 1)
+    mask = torch.ones_like(ids)
+    mask[:, :length] = inputs["attention_mask"]
+    mask[1, length + 6 : first.shape[1]] = 0
+    both = {"input_ids": ids, "attention_mask": mask}
+    ours = generate(pat, both, cache, do_sample=False)
+    assert torch.equal(ours, generate(stock, both, do_sample=False))
+
+
+def test_a_batch_of_another_size_reuses_what_it_shares():
+    stock, pat = pair("llama")
+    cache = pat_hf.PATCache(pat)
+    generate(pat, batch(BATCHES["two-levels"]), cache)
+    before = cache.prefilled
+    inputs = batch([SYSTEM + DOCUMENT + text(6, 77), SYSTEM + DOCUMENT])
+    ours = generate(pat, inputs, cache, do_sample=False)
+    assert torch.equal(ours, generate(stock, inputs, do_sample=False))
+    assert cache.prefilled - before == 6
+
+
+def test_the_same_prompts_again_compute_nothing_but_the_last_logits():
+    stock, pat = pair("llama")
+    cache = pat_hf.PATCache(pat)
+    inputs = batch(BATCHES["identical"])
+    generate(pat, inputs, cache, do_sample=False)
+    before = cache.prefilled
+    ours = generate(pat, inputs, cache, do_sample=False)
+    assert torch.equal(ours, generate(stock, inputs, do_sample=False))
+    assert cache.prefilled == before
+
+
+def test_inputs_embeds_are_computed_per_request_and_exact():
+    stock, pat = pair("llama")
+    inputs = batch(BATCHES["ragged"])
+    results = []
+    for model, cache in ((stock, None), (pat, pat_hf.PATCache(pat))):
+        embeds = model.model.embed_tokens(inputs["input_ids"])
+        given = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+        results.append(generate(model, given, cache, do_sample=False))
+    assert torch.equal(*results)
+    assert "inputs_embeds" in cache.report().fallback
+
+
+def test_plain_forward_with_several_tokens_and_crop():
+    """What assisted decoding and scoring do: forwards without generate()."""
+    stock, pat = pair("llama")
+    inputs = batch(BATCHES["ragged"])
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    caches = [DynamicCache(config=stock.config), pat_hf.PATCache(pat)]
+    more = torch.tensor([text(6, r) for r in range(4)])
+    outputs = []
+    for model, cache in zip((stock, pat), caches, strict=True):
+        out = [model(ids, attention_mask=mask, position_ids=position, past_key_values=cache)]
+        for cut in (-4, 0):
+            wide = torch.cat([mask, torch.ones_like(more)], 1)
+            past = cache.get_seq_length()
+            wide = (
+                wide[:, : past + 6]
+                if past == ids.shape[1]
+                else torch.cat([mask, mask.new_ones(4, past + 6 - ids.shape[1])], 1)
+            )
+            place = (wide.cumsum(-1) - 1)[:, -6:]
+            out.append(model(more, attention_mask=wide, position_ids=place, past_key_values=cache))
+            cache.crop(cut)
+        assert cache.get_seq_length() == ids.shape[1] + 8
+        outputs.append([o.logits for o in out])
+    real = mask.bool()
+    torch.testing.assert_close(outputs[1][0][real], outputs[0][0][real], atol=2e-4, rtol=2e-4)
+    for ours, theirs in zip(outputs[1][1:], outputs[0][1:], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=2e-4)
+
+
+def test_prompt_lookup_decoding():
+    stock, pat = pair("llama")
+    inputs = batch([(SYSTEM[:20]) * 3])
+    kwargs = {"do_sample": False, "prompt_lookup_num_tokens": 4}
+    ours = generate(pat, inputs, pat_hf.PATCache(pat), **kwargs)
+    assert torch.equal(ours, generate(stock, inputs, **kwargs))
+
+
+def test_repeat_and_select_go_by_reference():
+    stock, pat = pair("llama")
+    inputs = batch(BATCHES["ragged"])
+    caches = [DynamicCache(config=stock.config), pat_hf.PATCache(pat, page_size=16)]
+    generate(stock, inputs, caches[0], max_new_tokens=24, do_sample=False)
+    out = generate(pat, inputs, caches[1], max_new_tokens=24, do_sample=False)
+    held = caches[1].pool.used
+    logits = []
+    for model, cache in zip((stock, pat), caches, strict=True):
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([5, 0, 1, 7]))
+        rows = torch.tensor([2, 0, 0, 3])
+        mask = inputs["attention_mask"][rows]
+        mask = torch.cat([mask, mask.new_ones(4, out.shape[1] - mask.shape[1])], 1)
+        last = torch.tensor([[5], [6], [7], [8]])  # rows 1 and 2 part here
+        for token in (last, last + 1):
+            place = mask.sum(1, keepdim=True) - 1
+            logits.append(
+                model(token, attention_mask=mask, position_ids=place, past_key_values=cache).logits
+            )
+            mask = torch.cat([mask, mask.new_ones(4, 1)], 1)
+    torch.testing.assert_close(logits[2], logits[0], atol=2e-4, rtol=2e-4)
+    torch.testing.assert_close(logits[3], logits[1], atol=2e-4, rtol=2e-4)
+    assert caches[1].pool.used <= held + 2
+
+
+def test_deepcopy_is_a_cache_of_its_own():
+    _, pat = pair("llama")
+    cache = pat_hf.PATCache(pat)
+    inputs = batch(BATCHES["ragged"])
+    first = generate(pat, inputs, cache, do_sample=False)
+    twin = copy.deepcopy(cache)
+    before = str(cache.report())
+    assert torch.equal(generate(pat, inputs, twin, do_sample=False), first)
+    assert str(cache.report()) == before
+    assert twin.config is cache.config
+
+
+def test_inference_mode_and_grad_do_not_bind_the_pages():
+    stock, pat = pair("llama")
+    cache = pat_hf.PATCache(pat)
+    inputs = batch(BATCHES["ragged"])
+    with torch.inference_mode():
+        first = pat.generate(**inputs, past_key_values=cache, max_new_tokens=5, do_sample=False)
+    second = generate(pat, inputs, cache, do_sample=False, max_new_tokens=5)
+    assert torch.equal(first, second)
+    pat(torch.full((4, 1), 3), past_key_values=cache)
+    assert not any(t.requires_grad for t in cache.pool._tensors())
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gpt2"])
+def test_pat_without_its_cache_is_sdpa(name):
+    stock, pat = pair(name)
+    inputs = batch(BATCHES["ragged"])
+    assert torch.equal(pat(**inputs).logits, stock(**inputs).logits)
+    assert torch.equal(
+        generate(pat, inputs, do_sample=False), generate(stock, inputs, do_sample=False)
+    )
+    pat(**inputs, labels=inputs["input_ids"]).loss.backward()
+    pat.zero_grad()
+
+
+def test_half_precision_stays_within_twice_the_error_of_sdpa():
+    prompts = batch(BATCHES["two-levels"])
+    forced = torch.tensor([text(8, r) for r in range(4)])
+    exact = _forced(pair("llama", torch.float32)[0], prompts, forced, None).double()
+    stock, pat = pair("llama", torch.bfloat16)
+    exact_weights = copy.deepcopy(stock).float()
+    exact = _forced(exact_weights, prompts, forced, None).double()
+    theirs = (_forced(stock, prompts, forced, None).double() - exact).abs()
+    ours = (_forced(pat, prompts, forced, pat_hf.PATCache(pat)).double() - exact).abs()
+    assert ours.max() <= 2 * theirs.max() + 1e-5
+    assert ours.mean() <= 2 * theirs.mean() + 1e-5

@@ -1,0 +1,169 @@
+"""Bad input: each is refused with a message that says what was given and what to do."""
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BloomConfig,
+    DeepseekV3Config,
+    Llama4TextConfig,
+    MambaConfig,
+    T5Config,
+)
+
+import pat_hf
+
+from .models import CONFIGS, batch, pair
+
+PROMPTS = [[3, 4, 5, 6], [3, 4, 7]]
+
+
+def refused(inputs, words, cache=None, error=ValueError, **kwargs):
+    _, pat = pair("llama")
+    cache = cache or pat_hf.PATCache(pat)
+    with pytest.raises(error, match=words):
+        pat.generate(**inputs, past_key_values=cache, max_new_tokens=3, **kwargs)
+    return cache
+
+
+def inputs_of(ids, mask):
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def test_right_padding():
+    refused(inputs_of([[3, 4], [3, 0]], [[1, 1], [1, 0]]), 'Prompts \\[1\\].*padding_side = "left"')
+
+
+def test_padding_in_the_middle():
+    refused(inputs_of([[3, 4, 5], [3, 0, 5]], [[1, 1, 1], [1, 0, 1]]), "Prompt 1 .* column 1")
+
+
+def test_empty_prompt():
+    refused(inputs_of([[3, 4], [0, 0]], [[1, 1], [0, 0]]), "Prompts \\[1\\] are empty")
+
+
+def test_mask_of_another_shape():
+    refused(inputs_of([[3, 4, 5]], [[1, 1]]), "\\(1, 2\\) and input_ids \\(1, 3\\)")
+
+
+def test_mask_of_other_values():
+    refused(inputs_of([[3, 4, 5]], [[0, 2, 1]]), "only 1 .token. and 0 .padding.")
+
+
+def test_four_dimensional_masks():
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    refused({"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": mask}, "2D")
+    _, pat = pair("llama")
+    with pytest.raises(RuntimeError, match="2-D attention_mask"):
+        pat(torch.tensor([[3, 4, 5]]), attention_mask=mask, past_key_values=pat_hf.PATCache(pat))
+
+
+def test_batch_size_changing_under_a_cache():
+    _, pat = pair("llama")
+    cache = pat_hf.PATCache(pat)
+    pat.generate(**batch(PROMPTS), past_key_values=cache, max_new_tokens=3)
+    with pytest.raises(ValueError, match="batch of 3 and the cache holds 2 requests"):
+        pat(torch.full((3, 1), 5), past_key_values=cache)
+
+
+def test_cache_of_another_model():
+    _, other = pair("qwen3")
+    refused(batch(PROMPTS), "made for another model", pat_hf.PATCache(other))
+
+
+def test_cache_of_another_dtype():
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"], attn_implementation="pat")
+    cache = pat_hf.PATCache(model)
+    inputs = batch(PROMPTS)
+    model.generate(**inputs, past_key_values=cache, max_new_tokens=3)
+    model.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="float32 .*bfloat16.*reset"):
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=3)
+    cache.reset()
+    model.generate(**inputs, past_key_values=cache, max_new_tokens=3)
+
+
+def test_another_attention_implementation():
+    stock, pat = pair("llama")
+    with pytest.raises(ValueError, match="attn_implementation='sdpa'.*set_attn_implementation"):
+        pat_hf.PATCache(stock)
+    model = AutoModelForCausalLM.from_config(CONFIGS["llama"], attn_implementation="pat")
+    cache = pat_hf.PATCache(model)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="attn_implementation='sdpa'"):
+        model.generate(**batch(PROMPTS), past_key_values=cache, max_new_tokens=3)
+    with pytest.raises(RuntimeError, match="this one has 'sdpa'"):
+        model(**batch(PROMPTS), past_key_values=cache)
+
+
+SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        (BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=2), "Bloom.*of its own"),
+        (MambaConfig(**SMALL, state_size=4), "Mamba.*"),
+        (
+            DeepseekV3Config(
+                **SMALL, num_attention_heads=2, num_key_value_heads=2, first_k_dense_replace=2
+            ),
+            "DeepseekV3.*latent attention",
+        ),
+        (
+            Llama4TextConfig(
+                **SMALL, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2
+            ),
+            "Llama4.*chunked_attention",
+        ),
+    ],
+)
+def test_models_whose_attention_cannot_be_taken_over(config, words):
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=f"{words}.*DynamicCache"):
+        pat_hf.PATCache(model)
+
+
+def test_encoder_decoder_and_other_objects():
+    config = T5Config(vocab_size=50, d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=16)
+    with pytest.raises(ValueError, match="T5.*encoder-decoder"):
+        pat_hf.PATCache(AutoModelForSeq2SeqLM.from_config(config))
+    with pytest.raises(TypeError, match="str"):
+        pat_hf.PATCache("llama")
+
+
+def test_attention_weights_and_no_cache():
+    refused(batch(PROMPTS), "eager", output_attentions=True, return_dict_in_generate=True)
+    refused(batch(PROMPTS), "use_cache=False", use_cache=False)
+
+
+def test_pool_exhausted_by_prompts_leaves_the_batch():
+    _, pat = pair("llama")
+    cache = pat_hf.PATCache(pat, page_size=16, max_tokens=96)
+    inputs = batch(PROMPTS)
+    kept = pat.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    long = batch([list(range(2, 90)), list(range(9, 90))])
+    refused(long, "max_tokens.*208 or more", cache, pat_hf.PoolExhausted)
+    again = pat.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    assert torch.equal(again, kept)
+
+
+def test_pool_exhausted_while_generating():
+    _, pat = pair("llama")
+    cache = pat_hf.PATCache(pat, page_size=16, max_tokens=80)
+    inputs = batch(PROMPTS)
+    with pytest.raises(pat_hf.PoolExhausted, match="2 requests.*Raise max_tokens"):
+        pat.generate(**inputs, past_key_values=cache, max_new_tokens=40)
+    length = cache.get_seq_length()
+    assert length == 4 + 16
+    cache.batch_select_indices(torch.tensor([0]))
+    pat(torch.tensor([[5]]), past_key_values=cache)
+    assert cache.get_seq_length() == length + 1
+
+
+@pytest.mark.parametrize("kwargs", [{"page_size": 20}, {"max_tokens": 3}, {"prefill_tokens": 0}])
+def test_arguments(kwargs):
+    _, pat = pair("llama")
+    with pytest.raises(ValueError, match=next(iter(kwargs))):
+        pat_hf.PATCache(pat, **kwargs)
