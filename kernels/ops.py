@@ -1,0 +1,168 @@
+"""The custom op `pat_hf::attention`: opaque to torch.compile, the same on every device."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from pat_hf.kernels import cpu
+
+
+def attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    plan_tensor: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of query rows to the tokens on their paths in a prefix tree, kept in pages.
+
+    Args:
+        q: [B, query heads, T, key dim]; B * T query rows, the tokens of requests or of tree nodes.
+        k_pages: [pages, KV heads, page size, key dim], in q's dtype.
+        v_pages: [pages, KV heads, page size, value dim], in q's dtype.
+        plan_tensor: int32 [1, 1, C, W], from `Plan.tensor`.
+        scale: factor of the scores.
+        window: a row sees the last `window` positions, its own included; `None`: all.
+        softcap: scores become softcap * tanh(score / softcap).
+        sinks: [query heads], a score each that takes part in the softmax's sum only.
+
+    Returns:
+        [B, T, query heads, value dim], contiguous, in q's dtype; zeros for rows that see nothing.
+
+    Raises:
+        ValueError: if shapes or dtypes don't go together.
+
+    Example:
+        >>> import numpy as np, torch
+        >>> from pat_hf.kernels.ops import attention
+        >>> from pat_hf.kernels.plan import Heads, Machine, Nodes, make_plan
+        >>> # 20 shared tokens in pages 1 and 2; below them, 5 and 7 tokens in pages 3 and 4.
+        >>> nodes = Nodes(
+        ...     parent=np.array([-1, 0, 0]),
+        ...     end=np.array([3, 2, 3]),
+        ...     start=np.array([0, 20, 20]),
+        ...     length=np.array([20, 5, 7]),
+        ...     page_ptr=np.array([0, 2, 3, 4]),
+        ...     pages=np.array([1, 2, 3, 4]),
+        ... )
+        >>> k_pages, v_pages = torch.randn(2, 5, 2, 16, 64).unbind()
+        >>> plan = make_plan(
+        ...     nodes,
+        ...     node=np.array([1, 2]),
+        ...     position=np.array([24, 26]),
+        ...     heads=Heads(query=8, kv=2, key_dim=64, value_dim=64, itemsize=4),
+        ...     page_size=16,
+        ...     machine=Machine.of(k_pages.device),
+        ... )
+        >>> q = torch.randn(2, 8, 1, 64)
+        >>> attention(q, k_pages, v_pages, plan.tensor(q.device), scale=64**-0.5).shape
+        torch.Size([2, 1, 8, 64])
+    """
+    _check(q, k_pages, v_pages, plan_tensor, sinks)
+    return _attention(q, k_pages, v_pages, plan_tensor, sinks, scale, window, softcap)
+
+
+def backend(device: torch.device | str) -> str:
+    """What computes attention on a device: "triton" or "torch"."""
+    return "triton" if torch.device(device).type == "cuda" and _has_triton() else "torch"
+
+
+@torch.library.custom_op("pat_hf::attention", mutates_args=())
+def _attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    plan: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    if backend(q.device) == "triton":
+        from pat_hf.kernels import forward
+
+        function = forward.forward
+    else:
+        function = cpu.attention
+    return function(
+        q, k_pages, v_pages, plan, scale=scale, window=window, softcap=softcap, sinks=sinks
+    )
+
+
+@_attention.register_fake
+def _(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    plan: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    batch, heads, length, _ = q.shape
+    return q.new_empty(batch, length, heads, v_pages.shape[-1])
+
+
+@functools.cache
+def _has_triton() -> bool:
+    try:
+        import triton  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _check(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    plan: torch.Tensor,
+    sinks: torch.Tensor | None,
+) -> None:
+    shapes = f"q {list(q.shape)}, k_pages {list(k_pages.shape)}, v_pages {list(v_pages.shape)}"
+    if not q.ndim == k_pages.ndim == v_pages.ndim == 4:
+        raise ValueError(
+            f"{shapes}: expected q [B, query heads, T, key dim] and pages "
+            "[pages, KV heads, page size, dim]."
+        )
+    if k_pages.shape[:3] != v_pages.shape[:3]:
+        raise ValueError(
+            f"{shapes}: K and V must have the same pages, KV heads and page size. Allocate both "
+            "pools alike; only the last dimension may differ."
+        )
+    if q.shape[3] != k_pages.shape[3]:
+        raise ValueError(
+            f"{shapes}: q has key dim {q.shape[3]} and the pool {k_pages.shape[3]}. Use a pool "
+            "made for this layer."
+        )
+    if q.shape[1] % k_pages.shape[1]:
+        raise ValueError(
+            f"{shapes}: {q.shape[1]} query heads don't divide among {k_pages.shape[1]} KV heads; "
+            "every KV head needs as many."
+        )
+    if not q.dtype == k_pages.dtype == v_pages.dtype:
+        raise ValueError(
+            f"q is {q.dtype}, k_pages {k_pages.dtype}, v_pages {v_pages.dtype}; they must be the "
+            "same. Cast q, or store the pages in its dtype."
+        )
+    if plan.dtype != torch.int32 or plan.ndim != 4 or plan.shape[:2] != (1, 1):
+        raise ValueError(
+            f"The plan is {plan.dtype} {list(plan.shape)}; Plan.tensor makes int32 [1, 1, C, W]."
+        )
+    if plan.shape[3] < q.shape[0] * q.shape[2]:
+        raise ValueError(
+            f"q has {q.shape[0]} x {q.shape[2]} query rows and the plan, {list(plan.shape)}, at "
+            f"most {plan.shape[3]}. Make a plan for this batch."
+        )
+    if sinks is not None and sinks.shape != (q.shape[1],):
+        raise ValueError(f"sinks {list(sinks.shape)}: one for each of {q.shape[1]} query heads.")
+    devices = {str(x.device) for x in (q, k_pages, v_pages, plan, sinks) if x is not None}
+    if len(devices) > 1:
+        raise ValueError(f"The arguments are on {', '.join(sorted(devices))}; move them to one.")
