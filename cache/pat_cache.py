@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -101,6 +102,7 @@ class PATCache(Cache):
         if prefill_tokens < 1:
             raise ValueError(f"prefill_tokens={prefill_tokens}: at least one is needed.")
         self.config = _supported_config(model)
+        self._model = weakref.ref(_unwrapped(model))
         self.heads = _heads(self.config, model.dtype)
         super().__init__(layers=[])
         self.prefill_tokens = prefill_tokens
@@ -333,8 +335,7 @@ class PATCache(Cache):
         Raises:
             ValueError: if it isn't, or the model's attention has been changed since.
         """
-        config = model.config.get_text_config(decoder=True)
-        if config is not self.config:
+        if model is not self._model():
             raise ValueError(
                 f"This PATCache was made for another model than this {type(model).__name__}, "
                 "and one model's keys and values mean nothing to another. Make one for each: "
@@ -514,10 +515,14 @@ def _heads(config: PretrainedConfig, dtype: torch.dtype) -> Heads:
     return Heads(query, kv, dim, dim, dtype.itemsize)
 
 
+def _unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """The model inside a PEFT wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _supported_config(model: PreTrainedModel) -> PretrainedConfig:
     """The text decoder's config, or an error that names what rules the model out."""
-    if hasattr(model, "get_base_model"):  # PEFT
-        model = model.get_base_model()
+    model = _unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"PATCache takes the model it is for, as in PATCache(model), not a "

@@ -158,9 +158,10 @@ def _checked_mask(
             f"Prompts {rows} are padded on the right; generation continues their last column. "
             'Set tokenizer.padding_side = "left".'
         )
-    # What an earlier call generated may have been padded behind its end-of-text token.
+    # What an earlier call generated, the last token not yet fed, may be padded behind its end.
     new = mask.copy()
-    new[:, : cache.get_seq_length()] = True
+    if stored := cache.get_seq_length():
+        new[:, : stored + 1] = True
     first = mask.argmax(1)
     holes = ~new & (np.arange(mask.shape[1]) > first[:, None])
     if holes.any():

@@ -1,5 +1,6 @@
 """Tiny models with random weights, in pairs: stock attention, and the same weights with "pat"."""
 
+import copy
 import functools
 
 import torch
@@ -68,7 +69,7 @@ def pair(name: str, dtype: torch.dtype = torch.float32):
     for attention in (stock_attention, "pat"):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(
-            CONFIGS[name], attn_implementation=attention, dtype=dtype
+            copy.deepcopy(CONFIGS[name]), attn_implementation=attention, dtype=dtype
         )
         models.append(model.eval())
     models[1].load_state_dict(models[0].state_dict())

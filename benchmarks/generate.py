@@ -1,0 +1,245 @@
+"""Times `model.generate()` on a PATCache and on stock caches, in one process.
+
+    python benchmarks/generate.py cpu                      # two cores, a 100M-parameter Llama
+    python benchmarks/generate.py W1 W2 W3 --model qwen3-8b
+    python benchmarks/generate.py --tree 1,8,32_1024,2048,64 --new-tokens 48
+
+A workload is a prefix tree: nodes on each level, and the tokens of each. Models have random
+weights; time does not depend on them. TTFT is the time from the call to the first token, TPOT the
+mean time of each further one; medians over `--repeat` calls after one that is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    StoppingCriteria,
+)
+
+import pat_hf
+
+# name: (nodes on each level, tokens of each, new tokens)
+WORKLOADS = {
+    "cpu": ("1,32_2048,32", 64),
+    "cpu-disjoint": ("32_160", 64),
+    "W1": ("1,32_8192,64", 49),
+    "W1-256": ("1,256_8192,64", 49),
+    "W1-1024": ("1,1024_8192,64", 49),
+    "W2": ("1,8,32_1024,2048,64", 49),
+    "W3": ("1_4096x32", 49),
+    "disjoint": ("8_2048", 49),
+}
+MODELS: dict[str, PretrainedConfig] = {
+    "llama-100m": LlamaConfig(
+        vocab_size=32000,
+        hidden_size=768,
+        intermediate_size=2048,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        num_key_value_heads=4,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    ),
+    "qwen3-8b": Qwen3Config(
+        vocab_size=151936,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        max_position_embeddings=40960,
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("workloads", nargs="*", help=f"of {', '.join(WORKLOADS)}")
+    parser.add_argument("--tree", help="a workload of your own: nodes_tokens, [xN: N samples each]")
+    parser.add_argument("--new-tokens", type=int)
+    parser.add_argument("--model", choices=MODELS)
+    parser.add_argument("--modes", nargs="+", default=["pat", "dynamic"], choices=MODES)
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="where to write the rows as JSON")
+    args = parser.parse_args()
+    unknown = [name for name in args.workloads if name not in WORKLOADS]
+    if unknown or not (args.workloads or args.tree):
+        parser.error(f"give --tree, or workloads of {', '.join(WORKLOADS)}; not {unknown}")
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = MODELS[args.model or ("qwen3-8b" if device == "cuda" else "llama-100m")]
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="pat", dtype=dtype)
+    model.eval()
+    named = {name: WORKLOADS[name] for name in args.workloads}
+    if args.tree:
+        named[args.tree] = (args.tree, 49)
+    rows = []
+    for name, (tree, new_tokens) in named.items():
+        prompts = prompts_of(tree, config.vocab_size).to(device)
+        for mode in args.modes:
+            row = measure(model, prompts, args.new_tokens or new_tokens, mode, args.repeat)
+            rows.append({"workload": name, "tree": tree, "mode": mode} | row)
+            print(json.dumps(rows[-1]), flush=True)
+    print(table(rows))
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(conditions(config, dtype) | {"rows": rows}, indent=1) + "\n")
+
+
+def prompts_of(tree: str, vocabulary: int) -> torch.Tensor:
+    """Prompts [leaves * samples, tokens] of a tree in the notation "nodes_tokens[xN]"."""
+    try:
+        tree, _, samples = tree.partition("x")
+        nodes, tokens = ([int(n) for n in part.split(",")] for part in tree.split("_"))
+        if len(nodes) != len(tokens) or any(b % a for a, b in zip(nodes, nodes[1:], strict=False)):
+            raise ValueError
+    except ValueError:
+        sys.exit(f'{tree!r} is not a tree such as "1,8,32_1024,2048,64".')
+    generator = torch.Generator().manual_seed(0)
+    levels = [
+        torch.randint(0, vocabulary, (n, t), generator=generator).repeat_interleave(
+            nodes[-1] // n, 0
+        )
+        for n, t in zip(nodes, tokens, strict=True)
+    ]
+    return torch.cat(levels, 1).repeat_interleave(int(samples or 1), 0)
+
+
+class Clock(StoppingCriteria):
+    """Stops nothing, notes the time of every token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object
+    ) -> torch.Tensor:
+        # Only the first token needs the device to be done: the rest is a mean.
+        if input_ids.is_cuda and not self.times:
+            torch.cuda.synchronize()
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+MODES = {
+    "pat": ("pat", pat_hf.PATCache, {}),
+    "dynamic": ("sdpa", lambda model: None, {}),
+    "static": ("sdpa", lambda model: None, {"cache_implementation": "static"}),
+}
+
+
+def measure(
+    model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, mode: str, repeat: int
+) -> dict[str, object]:
+    """One row: seconds to the first token, ms per further one, tokens/s, peak GB."""
+    attention, make_cache, kwargs = MODES[mode]
+    model.set_attn_implementation(attention)
+    ttft, tpot, first_call = [], [], 0.0
+    cuda = prompts.is_cuda
+    for call in range(repeat + 1):
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.synchronize()
+        clock = Clock()
+        start = time.perf_counter()
+        model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            past_key_values=make_cache(model),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0,
+            stopping_criteria=[clock],
+            **kwargs,
+        )
+        if cuda:
+            torch.cuda.synchronize()
+        end = time.perf_counter()
+        if call == 0:
+            first_call = end - start
+            continue
+        ttft.append(clock.times[0] - start)
+        tpot.append((end - clock.times[0]) / (new_tokens - 1))
+    step = statistics.median(tpot)
+    return {
+        "batch": len(prompts),
+        "prompt_tokens": prompts.shape[1],
+        "new_tokens": new_tokens,
+        "ttft_s": round(statistics.median(ttft), 4),
+        "tpot_ms": round(step * 1e3, 3),
+        "decode_tokens_s": round(len(prompts) / step, 1),
+        "first_call_s": round(first_call, 3),
+        "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None,
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """The rows for people, with the ratio to the workload's first stock mode."""
+    lines = [f"{'workload':14}{'mode':10}{'batch':>6}{'TTFT s':>10}{'TPOT ms':>10}{'tokens/s':>10}"]
+    for row in rows:
+        lines.append(
+            f"{row['workload']:14}{row['mode']:10}{row['batch']:6}{row['ttft_s']:10.3f}"
+            f"{row['tpot_ms']:10.2f}{row['decode_tokens_s']:10.1f}"
+        )
+        stock = [r for r in rows if r["workload"] == row["workload"] and r["mode"] != "pat"]
+        if row["mode"] != "pat" and row is stock[-1]:
+            for ours in (r for r in rows if r["workload"] == row["workload"] and r not in stock):
+                lines.append(
+                    f"{'':14}pat is {stock[0]['ttft_s'] / ours['ttft_s']:.2f}x in prefill and "
+                    f"{stock[0]['tpot_ms'] / ours['tpot_ms']:.2f}x in decode to {stock[0]['mode']}"
+                )
+    return "\n".join(lines)
+
+
+def conditions(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, object]:
+    """What a figure depends on: machine, versions, commit, command, model."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    cuda = torch.cuda.is_available()
+    return {
+        "machine": torch.cuda.get_device_name() if cuda else platform.processor() or "CPU",
+        "threads": None if cuda else torch.get_num_threads(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "pat_hf": pat_hf.__version__,
+        },
+        "commit": commit.stdout.strip() or None,
+        "command": shlex.join(["python", *sys.argv]),
+        "model": f"{config.model_type}, {config.num_hidden_layers} layers of "
+        f"{config.hidden_size}, {config.num_attention_heads}/{config.num_key_value_heads} heads",
+        "dtype": str(dtype),
+    }
+
+
+if __name__ == "__main__":
+    main()
