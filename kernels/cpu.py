@@ -1,7 +1,8 @@
-"""The plan carried out with torch operations, made for the CPU: gather pages, matmul, merge."""
+"""The plan carried out with torch operations, made for the CPU: gather pages, attend, merge."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,8 +11,9 @@ import torch
 
 from pat_hf.kernels.plan import Plan, Tables
 
-_SCORES = 1 << 24  # elements of scores held at a time
-_PADDING = 0.75  # blocks go together if the shortest has this share of the longest's tiles
+_ELEMENTS = 1 << 20  # of K and V, or of scores, held at a time; they should stay in the cache
+_ALIKE = 0.75  # blocks go together if the shortest has this share of the longest's tiles
+_NOWHERE = np.iinfo(np.int32).max  # position of a slot without a token
 
 
 def attention(
@@ -26,97 +28,171 @@ def attention(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `pat_hf.kernels.ops.attention`; computes in float32, or in float64 if q is."""
-    tables = Plan.read(plan)
-    batch, query_heads, length, _ = q.shape
+    batch, query_heads, length, key_dim = q.shape
     kv_heads, value_dim = v_pages.shape[1], v_pages.shape[-1]
     group, rows = query_heads // kv_heads, batch * length
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    queries = (q.transpose(1, 2).to(dtype) * scale).reshape(rows, kv_heads, group, q.shape[-1])
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    fused = softcap is None and key_dim == value_dim and q.device.type == "cpu"
 
-    # Rows' results in front, the partials behind them.
-    count = rows + int(tables.merge_ptr[-1])
-    out = queries.new_zeros(count, kv_heads, group, value_dim)
-    lse = queries.new_full((count, kv_heads, group), -torch.inf)
-    for part in _batches(tables, kv_heads * group):
-        keys, values = _gather(k_pages, part, dtype), _gather(v_pages, part, dtype)
-        query = queries[torch.from_numpy(part.rows)].permute(0, 2, 1, 3, 4).flatten(2, 3)
-        scores = query @ keys.transpose(-1, -2)
-        if softcap is not None:
-            scores = scores.div_(softcap).tanh_().mul_(softcap)
-        seen, stored = _masks(part, window)
-        if seen is not None:
-            heads = scores.unflatten(2, (-1, group))
-            heads.masked_fill_(~torch.from_numpy(seen)[:, None, :, None], -torch.inf)
-        if stored is not None:
-            values.masked_fill_(~torch.from_numpy(stored)[:, None, :, None], 0)
-        top = scores.amax(-1, keepdim=True).clamp_min_(torch.finfo(dtype).min)
-        weights = scores.sub_(top).exp_()
-        total = weights.sum(-1, keepdim=True)
-        result = (weights @ values).div_(total.clamp_min(torch.finfo(dtype).tiny))
-        used = torch.from_numpy(part.used)
-        target = torch.from_numpy(part.targets[part.used])
-        out[target] = result.unflatten(2, (-1, group)).transpose(1, 2)[used]
-        lse[target] = (top + total.log()).unflatten(2, (-1, group))[..., 0].transpose(1, 2)[used]
+    # A plan serves many layers: what follows from its bytes alone is worked out once.
+    raw = plan.cpu().numpy()
+    work = _work(raw.tobytes(), raw.shape, kv_heads, group, key_dim + value_dim, window)
+    queries = q.transpose(1, 2).to(dtype).reshape(rows, kv_heads, group, key_dim)
+    # The rows' results in front, the partials behind them.
+    out = queries.new_zeros(work.results, kv_heads, group, value_dim)
+    lse = queries.new_full((work.results, kv_heads, group), -torch.inf)
+    for job in work.jobs:
+        job = job.to(q.device)
+        blocks, many = job.last.shape
+        keys, values = _gather(k_pages, job, dtype), _gather(v_pages, job, dtype)
+        query = queries.index_select(0, job.rows).view(blocks, many, kv_heads, group, key_dim)
+        query = query.transpose(1, 2).reshape(blocks, kv_heads, many * group, key_dim)
+        mask = None if job.positions is None else _mask(job, window, group, dtype)
+        if fused:
+            result, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                query, keys, values, attn_mask=mask, scale=scale
+            )
+        else:
+            result, sums = _attend(query, keys, values, mask, scale, softcap)
+        result = result.reshape(blocks, kv_heads, many, group, value_dim).transpose(1, 2)
+        sums = sums.reshape(blocks, kv_heads, many, group).transpose(1, 2)
+        result, sums = result.flatten(0, 1), sums.flatten(0, 1)
+        if job.seeing is not None:
+            result, sums = result[job.seeing], sums[job.seeing]
+        out.index_copy_(0, job.target, result)
+        lse.index_copy_(0, job.target, sums)
 
-    _merge(out, lse, tables, rows)
-    out, lse = out[:rows], lse[:rows]
+    if work.results > rows:
+        _merge(out, lse, rows, work.owner.to(q.device), work.split.to(q.device))
+    out = out[:rows]
     if sinks is not None:
-        sink = sinks.to(out).view(kv_heads, group)
-        out = out * torch.sigmoid(lse - sink)[..., None]
+        out = out * torch.sigmoid(lse[:rows] - sinks.to(dtype).view(kv_heads, group))[..., None]
     return out.reshape(batch, length, query_heads, value_dim).to(q.dtype)
 
 
-class _Batch(NamedTuple):
+class _Job(NamedTuple):
     """Blocks computed together, padded to the most rows and tiles among them."""
 
-    rows: np.ndarray  # int64 [blocks, m] of q
-    used: np.ndarray  # bool [blocks, m], false where padded
-    targets: np.ndarray  # int64 [blocks, m], where the results go
-    last: np.ndarray  # int32 [blocks, m], the rows' positions; -1 where padded
-    pages: np.ndarray  # int64 [blocks, tokens / page size]
-    positions: np.ndarray  # int32 [blocks, tokens] of the keys
-    stored: np.ndarray  # bool [blocks, tokens], false behind the end of a tile
+    rows: torch.Tensor  # int64 [blocks * m] of q
+    seeing: torch.Tensor | None  # int64, which of them see a key; None: all
+    target: torch.Tensor  # int64, where the results of those go
+    pages: torch.Tensor  # int64 [blocks, KV heads, pages], page * KV heads + head
+    tokens: int  # of the pages' slots these many, from the first
+    unread: torch.Tensor | None  # int64 [2, slots], block and token; they may hold anything
+    last: torch.Tensor  # int32 [blocks, m], the rows' positions
+    positions: torch.Tensor | None  # int32 [blocks, tokens] of the keys; None: all are seen
+
+    def to(self, device: torch.device) -> _Job:
+        if device == self.rows.device:
+            return self
+        return _Job(*(x.to(device) if isinstance(x, torch.Tensor) else x for x in self))
 
 
-def _batches(tables: Tables, heads: int) -> Iterator[_Batch]:
-    size = tables.page_size
+class _Work(NamedTuple):
+    jobs: list[_Job]
+    results: int  # rows and partials
+    owner: torch.Tensor  # int64 [partials], their rows
+    split: torch.Tensor  # int64, rows that have partials
+
+
+@functools.lru_cache(maxsize=4)
+def _work(
+    raw: bytes,
+    shape: tuple[int, ...],
+    kv_heads: int,
+    group: int,
+    dims: int,
+    window: int | None,
+) -> _Work:
+    """Of a plan tensor of these bytes, for layers of these heads and window."""
+    tables = Plan.read(torch.frombuffer(bytearray(raw), dtype=torch.int32).view(shape))
+    jobs = [
+        _job(tables, blocks, tokens, kv_heads, window)
+        for blocks, tokens in _batches(tables, kv_heads, group, dims, window)
+    ]
+    counts = np.diff(tables.merge_ptr)
+    rows = len(counts)
+    owner, split = np.repeat(np.arange(rows), counts), np.flatnonzero(counts)
+    return _Work(jobs, rows + len(owner), torch.from_numpy(owner), torch.from_numpy(split))
+
+
+def _batches(
+    tables: Tables, kv_heads: int, group: int, dims: int, window: int | None
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Blocks that are computed together, cut to the tiles that their rows see; and n."""
     for _, tokens, begin, end in tables.shapes.tolist():
-        blocks = tables.blocks[begin:end]
-        rows = blocks[:, 1] - blocks[:, 0]
+        blocks = _cut(tables, tables.blocks[begin:end], window)
         tiles = blocks[:, 3] - blocks[:, 2]
+        order = np.argsort(-tiles, kind="stable")[: np.count_nonzero(tiles > 0)]
+        blocks, tiles = blocks[order], tiles[order]
+        rows = int((blocks[:, 1] - blocks[:, 0]).max(initial=0))
         at = 0
         while at < len(blocks):
-            alike = int(np.searchsorted(-tiles, -tiles[at] * _PADDING, side="right"))
-            scores = int(tiles[at]) * tokens * heads * int(rows[at:alike].max())
-            upto = min(alike, at + max(_SCORES // scores, 1))
-            yield _batch(tables, blocks[at:upto], tokens, size)
+            longest = int(tiles[at])
+            alike = int(np.searchsorted(-tiles, -longest * _ALIKE, side="right"))
+            elements = longest * tokens * kv_heads * max(rows * group, dims)
+            upto = min(alike, at + max(_ELEMENTS // elements, 1))
+            yield blocks[at:upto], tokens
             at = upto
 
 
-def _batch(tables: Tables, blocks: np.ndarray, tokens: int, size: int) -> _Batch:
+def _cut(tables: Tables, blocks: np.ndarray, window: int | None) -> np.ndarray:
+    counts = blocks[:, 3] - blocks[:, 2]
+    offsets = np.cumsum(counts) - counts
+    block = np.repeat(np.arange(len(blocks)), counts)
+    tiles = tables.tiles[np.arange(len(block)) + (blocks[:, 2] - offsets)[block]]
+    entry = blocks[:, :2] - blocks[0, 0]
+    last = tables.positions[tables.rows[blocks[0, 0] : blocks[-1, 1]]]
+    blocks = blocks.copy()
+    beyond = tiles[:, 1] > np.maximum.reduceat(last, entry[:, 0])[block]
+    blocks[:, 3] -= np.add.reduceat(beyond, offsets, dtype=np.int32)
+    if window is not None:
+        before = tiles[:, 2] <= np.minimum.reduceat(last, entry[:, 0])[block] - window + 1
+        blocks[:, 2] += np.add.reduceat(before, offsets, dtype=np.int32)
+    return blocks
+
+
+def _job(
+    tables: Tables, blocks: np.ndarray, tokens: int, kv_heads: int, window: int | None
+) -> _Job:
+    size = tables.page_size
     entry, used = _padded(blocks[:, 0], blocks[:, 1])
-    rows = tables.rows[entry].astype(np.int64)
-    slots = tables.slots[entry]
-    targets = np.where(slots < 0, rows, len(tables.positions) + slots)
-    last = np.where(used, tables.positions[rows], -1)
+    rows, slots = tables.rows[entry].astype(np.int64), tables.slots[entry]
+    last = tables.positions[rows]
+    target = np.where(slots < 0, rows, len(tables.positions) + slots)
 
     tile, real = _padded(blocks[:, 2], blocks[:, 3])
     page, first, end = np.moveaxis(tables.tiles[tile], -1, 0)
-    end = np.where(real, end, 0)
-    pages = page[..., None] + np.arange(tokens // size)
-    # A tile may be longer than what is left of its node.
-    pages = np.where(np.arange(0, tokens, size) < (end - first)[..., None], pages, page[..., None])
+    # The last pages of a tile may lie behind its node.
+    inside = np.arange(0, tokens, size) < (end - first)[..., None]
+    page = page[..., None] + np.where(inside, np.arange(tokens // size), 0)
     positions = first[..., None] + np.arange(tokens, dtype=np.int32)
-    stored = positions < end[..., None]
-    many = len(blocks)
-    return _Batch(
-        rows,
-        used,
-        targets,
-        last,
-        tables.pages[pages.reshape(many, -1)].astype(np.int64),
-        positions.reshape(many, -1),
-        stored.reshape(many, -1),
+    positions = np.where(
+        (positions < end[..., None]) & real[..., None], positions, _NOWHERE
+    ).reshape(len(blocks), -1)
+
+    unread = positions > last.max(1, keepdims=True)
+    width = positions.shape[1] - int(unread.all(0)[::-1].argmin())
+    positions, unread = positions[:, :width], unread[:, :width]
+    pages = tables.pages[page].astype(np.int64).reshape(len(blocks), 1, -1)
+    pages = pages[..., : -(-width // size)] * kv_heads + np.arange(kv_heads)[:, None]
+
+    # A run has no gaps: what a row sees of it follows from its two ends.
+    begin, end = first[:, :1], tables.tiles[blocks[:, 3] - 1, 2][:, None]
+    sees = used & (begin <= last)
+    whole = (positions <= last.min(1, keepdims=True)).all()
+    if window is not None:
+        sees &= end > last - window + 1
+        whole &= (begin > last.max(1, keepdims=True) - window).all()
+    return _Job(
+        torch.from_numpy(rows.ravel()),
+        None if sees.all() else torch.from_numpy(np.flatnonzero(sees)),
+        torch.from_numpy(target[sees]),
+        torch.from_numpy(pages),
+        width,
+        torch.from_numpy(np.stack(unread.nonzero())) if unread.any() else None,
+        torch.from_numpy(last),
+        None if whole else torch.from_numpy(positions),
     )
 
 
@@ -124,53 +200,68 @@ def _padded(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     """Ranges as rows of one array, the shorter ones filled with their first; and what is real."""
     index = np.arange((end - begin).max())
     real = index < (end - begin)[:, None]
-    return np.where(real, begin[:, None] + index, begin[:, None]), real
+    return begin[:, None] + np.where(real, index, 0), real
 
 
-def _gather(pool: torch.Tensor, part: _Batch, dtype: torch.dtype) -> torch.Tensor:
-    """Pages [pages, heads, page size, dim] as [blocks, heads, tokens, dim], in one copy."""
-    _, heads, size, dim = pool.shape
-    index = part.pages[:, None, :] * heads + np.arange(heads)[:, None]
-    flat = pool.reshape(-1, size, dim).index_select(0, torch.from_numpy(index.ravel()))
-    return flat.view(*index.shape[:2], -1, dim).to(dtype)
+def _gather(pool: torch.Tensor, job: _Job, dtype: torch.dtype) -> torch.Tensor:
+    """Pages [pages, KV heads, page size, dim] as [blocks, KV heads, tokens, dim]."""
+    size, dim = pool.shape[2:]
+    blocks, heads, _ = job.pages.shape
+    flat = pool.reshape(-1, size, dim).index_select(0, job.pages.view(-1))
+    gathered = flat.view(blocks, heads, -1, dim)[:, :, : job.tokens].to(dtype)
+    if job.unread is not None:
+        # 0 * NaN is NaN: a weight of zero does not hide what the slot holds.
+        gathered.transpose(1, 2)[job.unread[0], job.unread[1]] = 0
+    return gathered
 
 
-def _masks(part: _Batch, window: int | None) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Which keys each row sees [blocks, m, tokens], which are stored [blocks, tokens].
+def _mask(job: _Job, window: int | None, group: int, dtype: torch.dtype) -> torch.Tensor:
+    """[blocks, 1, m * group, tokens]: 0, and -inf for keys that a row does not see."""
+    positions, last = job.positions[:, None], job.last[..., None]
+    hidden = positions > last
+    if window is not None:
+        hidden |= positions <= last - window
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+    mask.masked_fill_(hidden, -torch.inf)
+    return mask[:, None].repeat_interleave(group, 2)
 
-    `None` stands for all. What is stored but seen by no row, ahead of the positions, may be
-    anything; so it counts as not stored.
+
+def _attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the fused operation gives, for all dims and with a softcap.
+
+    Args:
+        query: [blocks, KV heads, m, key dim].
+        keys, values: [blocks, KV heads, tokens, dim].
+        mask: [blocks, 1, m, tokens], added to the scores. A row of -inf alone gives NaN.
+
+    Returns:
+        The attention [blocks, KV heads, m, value dim] and log-sum-exp [blocks, KV heads, m].
     """
-    furthest = part.last.max(1, keepdims=True)
-    stored = part.stored & (part.positions <= furthest)
-    if stored.all():
-        stored = None
-    last = np.where(part.used, part.last, furthest)
-    inside = window is None or int(part.positions.min()) > int(furthest.max()) - window
-    if stored is None and inside and (part.positions.max(1) <= last.min(1)).all():
-        return None, None
-    last = last[..., None]
-    positions = part.positions[:, None, :]
-    seen = positions <= last
-    if stored is not None:
-        seen &= stored[:, None, :]
-    if not inside:
-        seen &= positions > last - window
-    return seen, stored
+    scores = (query * scale) @ keys.transpose(-1, -2)
+    if softcap is not None:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    if mask is not None:
+        scores.add_(mask)
+    lse = scores.logsumexp(-1)
+    return scores.sub_(lse[..., None]).exp_() @ values, lse
 
 
-def _merge(out: torch.Tensor, lse: torch.Tensor, tables: Tables, rows: int) -> None:
+def _merge(
+    out: torch.Tensor, lse: torch.Tensor, rows: int, owner: torch.Tensor, split: torch.Tensor
+) -> None:
     """Adds up the partials behind `rows` into their rows, by log-sum-exp, in place."""
-    counts = np.diff(tables.merge_ptr)
-    split = np.flatnonzero(counts)
-    if not len(split):
-        return
-    split, owner = torch.from_numpy(split), torch.from_numpy(np.repeat(split, counts[split]))
     index = owner[:, None, None].expand_as(lse[rows:])
     top = lse[:rows].scatter_reduce(0, index, lse[rows:], "amax")
-    top = top.clamp_min_(torch.finfo(lse.dtype).min)
-    weights = (lse[rows:] - top[owner]).exp_()
+    weights = lse[rows:].sub_(top.clamp_min(torch.finfo(lse.dtype).min)[owner]).exp_()
     total = torch.zeros_like(top).index_add_(0, owner, weights)
     out[:rows].index_add_(0, owner, out[rows:].mul_(weights[..., None]))
-    out[split] = out[split] / total[split].clamp_min(torch.finfo(lse.dtype).tiny)[..., None]
-    lse[split] = top[split] + total[split].log()
+    total, top = total[split], top[split]
+    out[split] = out[split] / total.clamp_min(torch.finfo(lse.dtype).tiny)[..., None]
+    lse[split] = top + total.log()
