@@ -223,7 +223,7 @@ def _mask(job: _Job, window: int | None, group: int, dtype: torch.dtype) -> torc
         hidden |= positions <= last - window
     mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
     mask.masked_fill_(hidden, -torch.inf)
-    return mask[:, None].repeat_interleave(group, 2)
+    return mask[:, None, :, None].expand(-1, -1, -1, group, -1).flatten(2, 3)
 
 
 def _attend(

@@ -85,7 +85,7 @@ class Machine:
     @staticmethod
     def cpu() -> Machine:
         """cpu.py gathers by page and pads no more than it must, so tiles are pages."""
-        return Machine(1, 512, (1,), min_split=8192, workers=1 << 30)
+        return Machine(1, 1024, (1,), min_split=8192, workers=1 << 30)
 
     @staticmethod
     def gpu(processors: int) -> Machine:
@@ -318,8 +318,8 @@ def _pack(forest: _Forest, heads: Heads, machine: Machine) -> tuple[np.ndarray, 
     """Which chains read their parent's run in front of their own, by PAT's profit model.
 
     To merge a child of s queries saves a partial for each of them, and reads the parent's run
-    once more for every query tile that this makes more. A parent whose rows all leave with its
-    children is not read for itself.
+    once more; not if they fill query tiles exactly, for then the parent has as many fewer. A
+    parent whose rows all leave with its children is not read for itself.
 
     Returns:
         merged: bool [C].
@@ -331,7 +331,7 @@ def _pack(forest: _Forest, heads: Heads, machine: Machine) -> tuple[np.ndarray, 
     room = _query_tile(heads, machine)
     queries, parent = forest.queries, forest.parent
     tiles = -(-queries // room)
-    more = tiles + -(-(queries[parent] - queries) // room) - tiles[parent]
+    more = queries % room > 0
     saved = queries * heads.partial_bytes
     order = np.argsort(forest.depth, kind="stable")
     bounds = _offsets(np.bincount(forest.depth))
