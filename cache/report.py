@@ -73,34 +73,42 @@ class Report:
 
 
 def draw(tree: PrefixTree) -> str:
-    """A prefix tree as lines of text; the leaves under one node share a line."""
+    """A prefix tree as lines of text.
+
+    Nodes whose sharing saves less than a hundredth of all tokens are left out: what lies in them
+    counts with the next node that is drawn, or as the requests' own.
+    """
     below: dict[Node, int] = {}
     for node in list(tree)[::-1]:
         below[node] = len(node.requests) + sum(below[child] for child in node.children.values())
+    least = sum(node.length * requests for node, requests in below.items()) / 100
+    above = {tree.root: tree.root}  # a node, if it is drawn, or else what it is drawn under
+    children: dict[Node, list[tuple[Node, int]]] = {tree.root: []}
+    for node in tree:
+        parent = above[node.parent]
+        above[node] = parent
+        if (below[node] - 1) * node.length >= least:
+            above[node] = node
+            children[node] = []
+            children[parent].append((node, node.end - parent.end))
+    own: dict[Node, list[int]] = {}
+    for end in tree.ends:
+        own.setdefault(above[end], []).append(end.end - above[end].end)
+
     lines = [_count(len(tree), "request")]
-    stack = [(entry, "") for entry in _entries(tree.root)[::-1]]
+    stack = [(tree.root, 0, "")]
     while stack:
-        (nodes, last), indent = stack.pop()
-        lengths = sorted(node.length for node in nodes)
-        tokens = (
-            f"{lengths[0]:,}" if lengths[0] == lengths[-1] else f"{lengths[0]:,}-{lengths[-1]:,}"
-        )
-        requests = _count(sum(below[node] for node in nodes), "request")
-        head = f"{len(nodes)} x " if len(nodes) > 1 else ""
-        lines.append(f"{indent}{'└─' if last else '├─'} {head}{tokens} tokens · {requests}")
-        if len(nodes) == 1:
-            indent += "   " if last else "│  "
-            stack += [(entry, indent) for entry in _entries(nodes[0])[::-1]]
+        node, length, indent = stack.pop()
+        if node is not tree.root:
+            lines.append(f"{indent}{_count(length, 'token')} · {_count(below[node], 'request')}")
+        indent = indent.replace("├─ ", "│  ").replace("└─ ", "   ")
+        if lengths := own.get(node):
+            mark = "├─ " if children[node] else "└─ "
+            span = f"{min(lengths):,} to {max(lengths):,} tokens of their own"
+            lines.append(f"{indent}{mark}{_count(len(lengths), 'request')}, {span}")
+        for i, (child, length) in enumerate(children[node][::-1]):
+            stack.append((child, length, indent + ("├─ " if i else "└─ ")))
     return "\n".join(lines)
-
-
-def _entries(node: Node) -> list[tuple[list[Node], bool]]:
-    """The lines under a node: an inner child each, the leaves together; and which is the last."""
-    children = list(node.children.values())
-    groups = [[child] for child in children if child.children]
-    if leaves := [child for child in children if not child.children]:
-        groups.append(leaves)
-    return [(group, i == len(groups) - 1) for i, group in enumerate(groups)]
 
 
 def _count(n: int, noun: str) -> str:
