@@ -256,7 +256,7 @@ def make_plan(
     """
     node, position = np.asarray(node), np.asarray(position)
     _check(nodes, node, position, heads, page_size)
-    forest = _compress(nodes, node)
+    forest = _compress(nodes, node, position)
     merged, link = _pack(forest, heads, machine)
     packs = _runs(nodes, forest, merged, link, page_size, machine)
     queries = _query_tiles(nodes, forest, packs, position, heads, machine, ahead)
@@ -266,51 +266,69 @@ def make_plan(
 class _Forest(NamedTuple):
     """The tree without nodes that no row sees, every chain of them shortened to one.
 
-    The members of a chain are seen by the same rows. Chains are in preorder.
+    The members of a chain are seen by the same rows. Chains are ordered by depth, those of one
+    parent side by side.
     """
 
     alive: np.ndarray  # [A] nodes that are seen, in preorder
-    first: np.ndarray  # [C+1] chain c is alive[first[c]:first[c+1]]
-    parent: np.ndarray  # [C]
-    depth: np.ndarray  # [C]
+    first: np.ndarray  # [C] chain c is alive[first[c]:first[c] + members[c]]
+    members: np.ndarray  # [C]
+    levels: np.ndarray  # [D+1] chains of depth d are levels[d]..levels[d+1]-1
+    parent: np.ndarray  # [C], -1 for a root
     tokens: np.ndarray  # [C]
     queries: np.ndarray  # [C] rows at or below
     own: np.ndarray  # [C] rows that end here
-    rows: np.ndarray  # [L] rows that see anything, by chain
+    furthest: np.ndarray  # [C] the largest position of those
+    rows: np.ndarray  # [L] rows that see anything, by node
     chain: np.ndarray  # [L] where they end
 
 
-def _compress(nodes: Nodes, node: np.ndarray) -> _Forest:
+def _compress(nodes: Nodes, node: np.ndarray, position: np.ndarray) -> _Forest:
     count = len(nodes.parent)
     own = np.bincount(node + 1, minlength=count + 1)
-    rows = np.argsort(node, kind="stable")[own[0] :]
-    own = own[1:]
-    before = _offsets(own)
+    rows = _stable_argsort(node + 1, count)[own[0] :]
+    before = _offsets(own[1:])
     queries = before[nodes.end] - before[:-1]
     alive = np.flatnonzero(queries)
-    parent = nodes.parent[alive]
+    queries, parent = queries[alive], nodes.parent[alive]
     # An only child that all rows of its parent pass through follows it in the preorder.
-    begins = (parent < 0) | (queries[alive] != queries[parent])
-    first = np.append(np.flatnonzero(begins), len(alive))
-    top = alive[first[:-1]]
-    chain_of = np.empty(count, np.int64)
-    chain_of[alive] = np.cumsum(begins) - 1
-    parent = nodes.parent[top]
-    parent = np.where(parent < 0, -1, chain_of[parent])
-    # Chains above c: those begun minus those whose subtree is over.
-    over = np.bincount(np.searchsorted(top, nodes.end[top]), minlength=len(top) + 1)
-    depth = np.arange(len(top)) - np.cumsum(over)[:-1]
-    own = own[alive[first[1:] - 1]]
+    begins = parent < 0
+    begins[1:] |= (queries[1:] != queries[:-1]) | (parent[1:] != alive[:-1])
+    first = np.flatnonzero(begins)
+    top = alive[first]
+    chains = len(first)
+    members = np.empty(chains, np.int64)
+    members[:-1] = first[1:] - first[:-1]
+    members[-1:] = len(alive) - first[-1:]
+    # Chains above a chain: those begun before it less those whose subtree is over.
+    over = np.bincount(np.searchsorted(top, nodes.end[top]), minlength=chains + 1)
+    depth = np.arange(chains) - np.cumsum(over)[:-1]
+    order = _stable_argsort(depth, chains)
+    rank = np.empty(chains + 1, np.int64)
+    rank[order] = np.arange(chains)
+    rank[-1] = -1
+    above = np.full(count + 1, -1)
+    above[alive[first + members - 1]] = np.arange(chains)
+
+    own = own[1:][alive[first + members - 1]]
+    ending = np.flatnonzero(own)
+    furthest = np.full(chains, np.iinfo(np.int64).max)
+    tokens = np.zeros(chains, np.int64)
+    if chains:
+        furthest[ending] = np.maximum.reduceat(position[rows], _offsets(own[ending])[:-1])
+        tokens = np.add.reduceat(nodes.length[alive], first, dtype=np.int64)
     return _Forest(
         alive,
-        first,
-        parent,
-        depth,
-        np.add.reduceat(nodes.length[alive], first[:-1], dtype=np.int64) if len(top) else top,
-        queries[top],
-        own,
+        first[order],
+        members[order],
+        _offsets(np.bincount(depth)),
+        rank[above[nodes.parent[top]]][order],
+        tokens[order],
+        queries[first][order],
+        own[order],
+        furthest[order],
         rows,
-        np.repeat(np.arange(len(top)), own),
+        np.repeat(rank[:-1], own),
     )
 
 
@@ -326,43 +344,40 @@ def _pack(forest: _Forest, heads: Heads, machine: Machine) -> tuple[np.ndarray, 
         link: int64 [C], the chain whose run the rows attend to in another pack; -1: none.
     """
     merged = np.zeros(len(forest.parent), bool)
-    link = forest.parent.astype(np.int64)
+    link = forest.parent.copy()
     run = forest.tokens * heads.token_bytes  # bytes carried
     room = _query_tile(heads, machine)
-    queries, parent = forest.queries, forest.parent
-    tiles = -(-queries // room)
-    more = queries % room > 0
-    saved = queries * heads.partial_bytes
-    order = np.argsort(forest.depth, kind="stable")
-    bounds = _offsets(np.bincount(forest.depth))
-    for begin, end in zip(bounds[1:-1], bounds[2:], strict=True):
-        child = order[begin:end]
-        above = parent[child]
-        read = run[above]
-        joins = saved[child] >= read * more[child]
-        families = np.flatnonzero(np.diff(above, prepend=-1))
-        rest = np.where(joins, 0, tiles[child] * read - saved[child])
-        left = np.where(joins, 0, queries[child])
-        top = above[families]
-        remains = -(-np.add.reduceat(left, families) // room) * run[top]
-        dissolves = (forest.own[top] == 0) & (np.add.reduceat(rest, families) <= remains)
-        joins |= np.repeat(dissolves, np.diff(families, append=len(child)))
-        child, above = child[joins], above[joins]
-        merged[child] = True
-        run[child] += run[above]
-        link[child] = link[above]
+    tiles = -(-forest.queries // room)
+    more = forest.queries % room > 0
+    saved = forest.queries * heads.partial_bytes
+    for begin, end in zip(forest.levels[1:-1], forest.levels[2:], strict=True):
+        level = slice(begin, end)
+        parent = forest.parent[level]
+        read = run[parent]
+        joins = saved[level] >= read * more[level]
+        if not joins.all():
+            families = _starts(parent)
+            rest = np.add.reduceat((tiles[level] * read - saved[level]) * ~joins, families)
+            left = np.add.reduceat(forest.queries[level] * ~joins, families)
+            head = parent[families]
+            dissolves = (forest.own[head] == 0) & (rest <= -(-left // room) * run[head])
+            joins |= np.repeat(dissolves, np.diff(families, append=len(parent)))
+        merged[level] = joins
+        run[level] += read * joins
+        link[level] = np.where(joins, link[parent], parent)
     return merged, link
 
 
 class _Packs(NamedTuple):
     """Runs of KV that some rows read together."""
 
-    bottom: np.ndarray  # [P] the run's last node
+    chain: np.ndarray  # [P] the run's last
     entry: np.ndarray  # [P+1] the pack's rows are rows[entry[p]:entry[p+1]]
     rows: np.ndarray
     log_tokens: np.ndarray  # [P] log2 of n
     tile: np.ndarray  # [P+1] the pack's tiles are tiles[tile[p]:tile[p+1]]
-    last: np.ndarray  # [P] of these, tiles in the last node
+    bottom: np.ndarray  # [P] the run's last node
+    last: np.ndarray  # [P] tiles of the run that lie in it
     tiles: np.ndarray  # [T, 3]
 
 
@@ -374,50 +389,40 @@ def _runs(
     page_size: int,
     machine: Machine,
 ) -> _Packs:
-    live = max(len(forest.rows), 1)
-    rank, chain, keys = np.arange(len(forest.rows)), forest.chain, []
-    while len(chain):
-        keys.append(chain * live + rank)
-        chain = link[chain]
-        on = chain >= 0
-        chain, rank = chain[on], rank[on]
-    chain, rank = np.divmod(np.sort(np.concatenate(keys or [rank])), live)
-    count = np.bincount(chain, minlength=len(forest.parent))
-    bottoms = np.flatnonzero(count)
-
-    chains = max(len(forest.parent), 1)
-    pack, chain, keys = np.arange(len(bottoms)), bottoms, []
-    while len(chain):
-        keys.append(pack * chains + chain)
-        on = merged[chain]
-        pack, chain = pack[on], forest.parent[chain[on]]
-    pack, chain = np.divmod(np.sort(np.concatenate(keys or [pack])), chains)
-    size = np.diff(forest.first)[chain]
-    member = forest.alive[_ranges(forest.first[chain], size)]
-    pack = np.repeat(pack, size)
+    chain, row = _climb(forest.chain, link)
+    count = np.bincount(chain, minlength=len(link))
+    row = row[_stable_argsort(chain, len(link))]
+    packs = np.flatnonzero(count)
+    chain, pack = _climb(packs, np.where(merged, forest.parent, -1))
+    # A run is read from its top.
+    chain, pack = chain[::-1], pack[::-1]
+    order = _stable_argsort(pack, len(packs))
+    chain, pack = chain[order], pack[order]
+    owner, index = _expand(forest.members[chain])
+    member = forest.alive[forest.first[chain][owner] + index]
+    pack = pack[owner]
 
     length = nodes.length[member].astype(np.int64)
-    log_tokens = _log_kv_tiles(length, pack, len(bottoms), page_size, machine)
+    log_tokens = _log_kv_tiles(length, pack, len(packs), page_size, machine)
     per_member = -(-length >> log_tokens[pack])  # ceiling
-    per_pack = np.bincount(pack, per_member, len(bottoms)).astype(np.int64)
-    index = _ranges(np.zeros(len(member), np.int64), per_member)
-    member_of = np.repeat(np.arange(len(member)), per_member)
-    owner = member[member_of]
-    step = index << log_tokens[pack][member_of]
+    owner, index = _expand(per_member)
+    start = nodes.start[member]
+    step = index << log_tokens[pack][owner]
     tiles = np.empty((len(index), 3), np.int32)
-    tiles[:, 0] = nodes.page_ptr[owner] + step // page_size
-    tiles[:, 1] = first = nodes.start[owner] + step
-    tiles[:, 2] = np.minimum(
-        first + (1 << log_tokens[pack][member_of]), (nodes.start + nodes.length)[owner]
-    )
-    ends = np.flatnonzero(np.diff(pack, append=-1))
+    tiles[:, 0] = nodes.page_ptr[member][owner] + step // page_size
+    tiles[:, 1] = begin = start[owner] + step
+    size = 1 << log_tokens[pack]
+    tiles[:, 2] = np.minimum(begin + size[owner], (start + length)[owner])
+    begin = _starts(pack)
+    end = np.append(begin[1:], len(pack)) - 1 if len(pack) else begin
     return _Packs(
-        member[ends],
-        _offsets(count[bottoms]),
-        forest.rows[rank],
+        packs,
+        _offsets(count[packs]),
+        forest.rows[row],
         log_tokens,
-        _offsets(per_pack),
-        per_member[ends],
+        _offsets(np.add.reduceat(per_member, begin) if len(pack) else begin),
+        member[end],
+        per_member[end],
         tiles,
     )
 
@@ -426,14 +431,13 @@ def _log_kv_tiles(
     length: np.ndarray, pack: np.ndarray, packs: int, page_size: int, machine: Machine
 ) -> np.ndarray:
     """log2 of each pack's n: the largest tile that pads its nodes by an eighth at most."""
-    sizes = [n for n in machine.tokens if n > page_size]
     chosen = np.full(packs, page_size.bit_length() - 1)
-    if not sizes:
-        return chosen
-    least = np.bincount(pack, -(-length // page_size) * page_size, packs)
-    for n in sizes:
-        padded = np.bincount(pack, -(-length // n) * n, packs)
-        chosen[padded <= least * 1.125] = n.bit_length() - 1
+    sizes = [n for n in machine.tokens if n > page_size]
+    if sizes:
+        most = np.bincount(pack, -(-length // page_size) * page_size, packs) * 1.125
+        for n in sizes:
+            padded = np.bincount(pack, -(-length // n) * n, packs)
+            chosen[padded <= most] = n.bit_length() - 1
     return chosen
 
 
@@ -456,30 +460,25 @@ def _query_tiles(
     ahead: int | None,
 ) -> _Queries:
     room = _query_tile(heads, machine)
-    rows = np.diff(packs.entry)
-    per_pack = -(-rows // room)
-    pack = np.repeat(np.arange(len(rows)), per_pack)
-    offset = _ranges(np.zeros(len(rows), np.int64), per_pack) * room
-    entry = packs.entry[pack] + offset
+    rows = packs.entry[1:] - packs.entry[:-1]
+    pack, index = _expand(-(-rows // room))
+    entry = packs.entry[pack] + index * room
+    rows = np.minimum(rows[pack] - index * room, room)
+    kv_tiles = (packs.tile[1:] - packs.tile[:-1])[pack]
     if not len(pack):
-        return _Queries(pack, entry, entry, entry)
+        return _Queries(pack, entry, rows, kv_tiles)
 
     # Rows that end in the run's last node see a part of it, and more of it as they advance.
-    end = (nodes.start + nodes.length)[packs.bottom]
-    ending = np.flatnonzero(forest.own)
-    furthest = np.full(len(nodes.parent), np.iinfo(np.int64).max)
-    furthest[forest.alive[forest.first[1:][ending] - 1]] = np.maximum.reduceat(
-        position[forest.rows], _offsets(forest.own[ending])[:-1]
-    )
-    advance = np.maximum(end - furthest[packs.bottom] - 1, 0)
+    start = nodes.start[packs.bottom]
+    end = start + nodes.length[packs.bottom]
+    advance = np.maximum(end - 1 - forest.furthest[packs.chain], 0)
     if ahead is not None:
         advance = np.minimum(advance, ahead)
-    last = np.maximum.reduceat(position[packs.rows], entry).astype(np.int64) + advance[pack]
-    seen = last + 1 - nodes.start[packs.bottom][pack]
-    seen = -(-np.maximum(seen, 0) >> packs.log_tokens[pack])  # ceiling
-    own = packs.last[pack]
-    kv_tiles = np.diff(packs.tile)[pack] - own + np.minimum(seen, own)
-    return _Queries(pack, entry, np.minimum(room, rows[pack] - offset), kv_tiles)
+    last = np.maximum.reduceat(position[packs.rows], entry)
+    seen = np.maximum(last + (advance - start + 1)[pack], 0)
+    seen = -(-seen >> packs.log_tokens[pack])  # ceiling
+    kv_tiles -= np.maximum(packs.last[pack] - seen, 0)
+    return _Queries(pack, entry, rows, kv_tiles)
 
 
 def _tables(
@@ -492,45 +491,51 @@ def _tables(
     machine: Machine,
 ) -> Tables:
     log_tokens = packs.log_tokens[queries.pack]
+    log_rows = np.maximum(_log2_ceil(queries.rows * heads.group), _log2_ceil(machine.min_rows))
     tokens = queries.kv_tiles << log_tokens
     share = max(machine.min_split, -(-int(tokens.sum()) // max(machine.workers // heads.kv, 1)))
     splits = np.minimum(-(-tokens // share), queries.kv_tiles)
-    tile = np.repeat(np.arange(len(splits)), splits)
-    part = _ranges(np.zeros(len(splits), np.int64), splits)
+    tile, part = _expand(splits)
     kv_tiles, splits = queries.kv_tiles[tile], splits[tile]
-    base = packs.tile[queries.pack][tile]
-    begin, end = base + part * kv_tiles // splits, base + (part + 1) * kv_tiles // splits
+    begin, end = part * kv_tiles // splits, (part + 1) * kv_tiles // splits
 
-    log_rows = np.maximum(_log2_ceil(queries.rows * heads.group), _log2_ceil(machine.min_rows))
-    shape = (log_rows << 8 | log_tokens)[tile]
-    order = np.lexsort((begin - end, shape))
+    # Sorted by shape, then from the most tiles to the fewest.
+    shape = (log_rows << 5 | log_tokens)[tile]
+    most = int(kv_tiles.max(initial=0))
+    order = _stable_argsort(most - (end - begin), most + 1)
+    order = order[_stable_argsort(shape[order], 1 << 10)]
     tile, shape = tile[order], shape[order]
-    rows = queries.rows[tile]
+    base = packs.tile[queries.pack[tile]]
+    counts = queries.rows[tile]
     blocks = np.empty((len(tile), 4), np.int32)
-    blocks[:, 1] = np.cumsum(rows)
-    blocks[:, 0] = blocks[:, 1] - rows
-    blocks[:, 2] = begin[order]
-    blocks[:, 3] = end[order]
+    blocks[:, 1] = np.cumsum(counts)
+    blocks[:, 0] = blocks[:, 1] - counts
+    blocks[:, 2] = base + begin[order]
+    blocks[:, 3] = base + end[order]
 
-    rows = packs.rows[_ranges(queries.entry[tile], rows)]
+    owner, index = _expand(counts)
+    rows = packs.rows[queries.entry[tile][owner] + index]
     partials = np.bincount(rows, minlength=len(position))
     partials[partials == 1] = 0
-    merge_ptr = _offsets(partials)
     slots = np.full(len(rows), -1, np.int32)
     shared = np.flatnonzero(partials[rows])
-    slots[shared[np.argsort(rows[shared], kind="stable")]] = np.arange(len(shared))
+    slots[shared[_stable_argsort(rows[shared], len(position))]] = np.arange(len(shared))
 
-    bounds = np.append(np.flatnonzero(np.diff(shape, prepend=-1)), len(shape))
-    kinds = shape[bounds[:-1]]
-    shapes = np.stack([1 << (kinds >> 8), 1 << (kinds & 255), bounds[:-1], bounds[1:]], 1)
+    begin = _starts(shape)
+    shapes = np.empty((len(begin), 4), np.int32)
+    shapes[:, 0] = 1 << (shape[begin] >> 5)
+    shapes[:, 1] = 1 << (shape[begin] & 31)
+    shapes[:, 2] = begin
+    shapes[:-1, 3] = begin[1:]
+    shapes[-1:, 3] = len(shape)
     return Tables(
-        shapes.astype(np.int32),
+        shapes,
         blocks,
         rows.astype(np.int32),
         slots,
         packs.tiles,
         np.asarray(nodes.pages, np.int32),
-        merge_ptr.astype(np.int32),
+        _offsets(partials).astype(np.int32),
         position.astype(np.int32),
         page_size,
     )
@@ -571,10 +576,35 @@ def _offsets(counts: np.ndarray) -> np.ndarray:
     return offsets
 
 
-def _ranges(begin: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """begin[0], begin[0] + 1, .. (counts[0] of them), begin[1], .."""
-    offsets = _offsets(counts)
-    return np.arange(offsets[-1]) + np.repeat(begin - offsets[:-1], counts)
+def _expand(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """0 counts[0] times, 1 counts[1] times, ..; and beside it 0, 1, .. for each of them."""
+    owner = np.repeat(np.arange(len(counts)), counts)
+    return owner, np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]
+
+
+def _starts(values: np.ndarray) -> np.ndarray:
+    """Where runs of equal values begin."""
+    begins = np.ones(len(values), bool)
+    np.not_equal(values[1:], values[:-1], out=begins[1:])
+    return np.flatnonzero(begins)
+
+
+def _climb(at: np.ndarray, above: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All that lies on the way up from each of `at`, itself included; and which of `at` it was."""
+    item = np.arange(len(at))
+    met, items = [at], [item]
+    while len(at):
+        at = above[at]
+        on = np.flatnonzero(at >= 0)
+        at, item = at[on], item[on]
+        met.append(at)
+        items.append(item)
+    return np.concatenate(met), np.concatenate(items)
+
+
+def _stable_argsort(keys: np.ndarray, below: int) -> np.ndarray:
+    # NumPy sorts 16 bits by radix, wider ones by merging.
+    return np.argsort(keys.astype(np.uint16) if below < 1 << 16 else keys, kind="stable")
 
 
 def _log2_ceil(x: np.ndarray | int) -> np.ndarray:
