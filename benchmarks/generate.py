@@ -6,7 +6,7 @@
 
 A workload is a prefix tree: nodes on each level, and the tokens of each. Models have random
 weights; time does not depend on them. TTFT is the time from the call to the first token, TPOT the
-mean time of each further one; medians over `--repeat` calls after one that is not counted.
+mean time of each further one; medians over `--repeat` calls, after one that is not counted.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS)
     parser.add_argument("--modes", nargs="+", default=["pat", "dynamic"], choices=MODES)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--no-warm-up", action="store_true", help="count the first call, too")
     parser.add_argument("--out", type=Path, help="where to write the rows as JSON")
     args = parser.parse_args()
     unknown = [name for name in args.workloads if name not in WORKLOADS]
@@ -98,7 +99,8 @@ def main() -> None:
     for name, (tree, new_tokens) in named.items():
         prompts = prompts_of(tree, config.vocab_size).to(device)
         for mode in args.modes:
-            row = measure(model, prompts, args.new_tokens or new_tokens, mode, args.repeat)
+            warm_up = not args.no_warm_up
+            row = measure(model, prompts, args.new_tokens or new_tokens, mode, args.repeat, warm_up)
             rows.append({"workload": name, "tree": tree, "mode": mode} | row)
             print(json.dumps(rows[-1]), flush=True)
     print(table(rows))
@@ -150,14 +152,19 @@ MODES = {
 
 
 def measure(
-    model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, mode: str, repeat: int
+    model: PreTrainedModel,
+    prompts: torch.Tensor,
+    new_tokens: int,
+    mode: str,
+    repeat: int,
+    warm_up: bool,
 ) -> dict[str, object]:
     """One row: seconds to the first token, ms per further one, tokens/s, peak GB."""
     attention, make_cache, kwargs = MODES[mode]
     model.set_attn_implementation(attention)
-    ttft, tpot, first_call = [], [], 0.0
+    ttft, tpot, first_call = [], [], None
     cuda = prompts.is_cuda
-    for call in range(repeat + 1):
+    for call in range(repeat + warm_up):
         gc.collect()
         if cuda:
             torch.cuda.empty_cache()
@@ -180,8 +187,9 @@ def measure(
             torch.cuda.synchronize()
         end = time.perf_counter()
         if call == 0:
-            first_call = end - start
-            continue
+            first_call = round(end - start, 3)
+            if warm_up:
+                continue
         ttft.append(clock.times[0] - start)
         tpot.append((end - clock.times[0]) / (new_tokens - 1))
     step = statistics.median(tpot)
@@ -192,7 +200,7 @@ def measure(
         "ttft_s": round(statistics.median(ttft), 4),
         "tpot_ms": round(step * 1e3, 3),
         "decode_tokens_s": round(len(prompts) / step, 1),
-        "first_call_s": round(first_call, 3),
+        "first_call_s": first_call,
         "peak_gb": round(torch.cuda.max_memory_allocated() / 1e9, 2) if cuda else None,
     }
 
