@@ -37,6 +37,12 @@ def attention(
     # A plan serves many layers: what follows from its bytes alone is worked out once.
     raw = plan.cpu().numpy()
     work = _work(raw.tobytes(), raw.shape, kv_heads, group, key_dim + value_dim, window)
+    if rows != work.rows or k_pages.shape[2] != work.page_size:
+        raise ValueError(
+            f"The plan was made for {work.rows} query rows and pages of {work.page_size} tokens; "
+            f"q has {batch} x {length} rows and the pool pages of {k_pages.shape[2]}. Make a plan "
+            "for this batch and pool."
+        )
     queries = q.transpose(1, 2).to(dtype).reshape(rows, kv_heads, group, key_dim)
     # The rows' results in front, the partials behind them.
     out = queries.new_zeros(work.results, kv_heads, group, value_dim)
@@ -90,6 +96,8 @@ class _Job(NamedTuple):
 
 class _Work(NamedTuple):
     jobs: list[_Job]
+    rows: int
+    page_size: int
     results: int  # rows and partials
     owner: torch.Tensor  # int64 [partials], their rows
     split: torch.Tensor  # int64, rows that have partials
@@ -113,7 +121,14 @@ def _work(
     counts = np.diff(tables.merge_ptr)
     rows = len(counts)
     owner, split = np.repeat(np.arange(rows), counts), np.flatnonzero(counts)
-    return _Work(jobs, rows + len(owner), torch.from_numpy(owner), torch.from_numpy(split))
+    return _Work(
+        jobs,
+        rows,
+        tables.page_size,
+        rows + len(owner),
+        torch.from_numpy(owner),
+        torch.from_numpy(split),
+    )
 
 
 def _batches(

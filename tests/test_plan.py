@@ -1,0 +1,250 @@
+"""The plan: every row attends to every token of its path once, at the least traffic."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pat_hf.kernels.plan import Heads, Machine, Nodes, Plan, make_plan
+
+from .trees import Case, cases, nodes_of, path_tokens, room
+
+# A token is 512 bytes in a KV head, one more partial of a query 4128.
+HEADS = Heads(query=8, kv=2, key_dim=128, value_dim=128, itemsize=2)
+MACHINES = [
+    Machine.cpu(),
+    Machine.gpu(132),
+    Machine(1, 16, (32, 64), min_split=64, workers=1 << 30),
+    Machine(16, 64, (16,), min_split=16, workers=8),
+]
+
+
+def plan_of(nodes, node, position=None, heads=HEADS, machine=MACHINES[0], ahead=None):
+    node = np.array(node)
+    if position is None:
+        position = (nodes.start + nodes.length - 1)[node]
+    return make_plan(nodes, node, np.array(position), heads, 16, machine, ahead)
+
+
+def reads(plan):
+    """(rows, tokens read) of every block, in order of the rows."""
+    tables = plan.tables
+    return sorted(
+        (
+            sorted(tables.rows[a:b].tolist()),
+            int((tables.tiles[c:d, 2] - tables.tiles[c:d, 1]).sum()),
+        )
+        for a, b, c, d in tables.blocks.tolist()
+    )
+
+
+def assert_covers(tables, case: Case, position):
+    """Each visible (row, token) pair is in one block, and no block reads anything else."""
+    size = case.page_size
+    pairs = []
+    for n, begin, end in tables.shapes[:, 1:].tolist():
+        for block in range(begin, end):
+            first_row, last_row, first, last = tables.blocks[block]
+            rows = tables.rows[first_row:last_row].astype(np.int64)
+            page, start, stop = tables.tiles[first:last].T[..., None].astype(np.int64)
+            inside = np.arange(n)
+            real = start + inside < stop
+            page = np.broadcast_to(page + inside // size, real.shape)[real]
+            token = tables.pages[page].astype(np.int64) * size + np.nonzero(real)[1] % size
+            where = (start + inside)[real]
+            seen = where <= position[rows][:, None]
+            pairs.append((rows[:, None] << 40 | token)[seen])
+    expected = [row << 40 | path_tokens(case, row, position[row]) for row in range(len(case.node))]
+    got, expected = np.concatenate([*pairs, []]), np.concatenate([*expected, []])
+    assert np.array_equal(np.sort(got), np.sort(expected))
+
+
+def assert_consistent(tables, heads, machine, page_size):
+    shapes, blocks = tables.shapes, tables.blocks
+    assert shapes[:, 2].tolist() == [0, *shapes[:-1, 3]][: len(shapes)]
+    assert len(shapes) == 0 or shapes[-1, 3] == len(blocks)
+    assert len({(m, n) for m, n, _, _ in shapes.tolist()}) == len(shapes)
+    assert (blocks[:, 2] < blocks[:, 3]).all()
+    for m, n, begin, end in shapes.tolist():
+        rows = (blocks[begin:end, 1] - blocks[begin:end, 0]) * heads.group
+        assert (0 < rows).all() and (rows <= m).all() and m & (m - 1) == 0
+        assert m <= max(machine.max_rows, 1 << (heads.group - 1).bit_length())
+        assert n & (n - 1) == 0 and n >= page_size
+        assert (np.diff(blocks[begin:end, 3] - blocks[begin:end, 2]) <= 0).all()
+        for first, last in blocks[begin:end, 2:].tolist():
+            tiles = tables.tiles[first:last]
+            assert (tiles[:, 1] < tiles[:, 2]).all() and (tiles[:, 2] - tiles[:, 1] <= n).all()
+            assert (tiles[1:, 1] == tiles[:-1, 2]).all()
+    counts = np.bincount(tables.rows, minlength=len(tables.positions))
+    for row, (begin, end) in enumerate(zip(tables.merge_ptr, tables.merge_ptr[1:], strict=False)):
+        slots = np.sort(tables.slots[tables.rows == row]).tolist()
+        assert slots == ([-1] * counts[row] if counts[row] < 2 else list(range(begin, end)))
+
+
+@given(cases(), st.sampled_from(MACHINES))
+@settings(max_examples=150, deadline=None)
+def test_every_pair_once(case, machine):
+    plan = make_plan(*case[:5], machine)
+    assert_consistent(plan.tables, case.heads, machine, case.page_size)
+    assert_covers(plan.tables, case, case.position)
+    fixed = make_plan(*case[:5], machine, ahead=0)
+    assert_covers(fixed.tables, case, case.position)
+    assert fixed.kv_tokens == plan.kv_tokens
+
+
+@given(cases(max_nodes=8, early=True), st.sampled_from(MACHINES), st.integers(0, 200))
+@settings(max_examples=100, deadline=None)
+def test_positions_advance_within_their_nodes(case, machine, steps):
+    steps = min(steps, room(case))
+    position = case.position + steps
+    assert_covers(make_plan(*case[:5], machine).tables, case, position)
+    assert_covers(make_plan(*case[:5], machine, ahead=steps).tables, case, position)
+
+
+def test_split_if_reading_again_costs_more_than_a_partial():
+    # Ten leaves: merged 10 * 512 * 9 bytes; split 512 * 9 and ten partials, 4128 bytes each.
+    leaves = range(1, 11)
+    for tokens, merged in ((8, True), (9, False)):
+        nodes = nodes_of([0] + [1] * 10, [tokens] + [40] * 10)
+        expected = [([i], 40 + tokens * merged) for i in range(10)]
+        expected += [] if merged else [(list(range(10)), tokens)]
+        assert reads(plan_of(nodes, leaves)) == sorted(expected)
+
+
+def test_a_parent_whose_children_all_merge_is_not_read():
+    # Nine leaves: each alone would split (4608 > 4128), but all merged save the parent's read.
+    nodes = nodes_of([0] + [1] * 9, [9] + [40] * 9)
+    assert reads(plan_of(nodes, range(1, 10))) == [([i], 49) for i in range(9)]
+    # A request that ends at the parent keeps it.
+    kept = [([i], 40) for i in range(9)] + [(list(range(10)), 9)]
+    assert reads(plan_of(nodes, [*range(1, 10), 0])) == sorted(kept)
+
+
+def test_children_decide_one_by_one():
+    # 64 queries below one child pay for reading 40 tokens again; single ones do not.
+    nodes = nodes_of([0, 1] + [2] * 64 + [1, 1], [40, 100] + [500] * 64 + [60, 70])
+    plan = plan_of(nodes, range(2, 68))
+    shared = [(list(range(64)), 140), ([64, 65], 40)]
+    assert reads(plan) == sorted(
+        [([i], 500) for i in range(64)] + [([64], 60), ([65], 70)] + shared
+    )
+    assert plan.kv_tokens == 140 + 40 + 64 * 500 + 60 + 70
+    assert plan.partials == 66 * 2
+
+
+def test_threshold_counts_bytes():
+    nodes = nodes_of([0] + [1] * 32, [12] + [40] * 32)
+    for heads, packs in (
+        (Heads(8, 2, 128, 128, 2), 33),  # 12 * 512 > 4128
+        (Heads(8, 2, 128, 128, 1), 32),  # 12 * 256 < 4128
+        (Heads(16, 2, 128, 128, 2), 32),  # 12 * 512 < 8256
+        (Heads(8, 2, 128, 64, 2), 33),  # 12 * 384 > 2080
+    ):
+        assert len(plan_of(nodes, range(1, 33), heads=heads).tables.blocks) == packs
+
+
+def test_children_that_fill_query_tiles_merge():
+    # 128 queries of each child fill tiles of 16, so the prefix is read as often in either way.
+    machine = Machine(16, 64, (16,), min_split=1 << 20, workers=1 << 30)
+    nodes = nodes_of([0, 1, 1], [400, 200, 200])
+    node = np.repeat([1, 2], 128)
+    merged = plan_of(nodes, node, machine=machine)
+    assert len(merged.tables.blocks) == 16 and merged.partials == 0
+    assert merged.kv_tokens == 16 * 600
+
+
+def test_chains_are_one_run():
+    nodes = nodes_of(range(500), [5] * 500)
+    plan = plan_of(nodes, [499, 499])
+    assert reads(plan) == [([0, 1], 2500)] and plan.partials == 0
+    assert len(plan.tables.tiles) == 500
+
+
+def test_deep_trees_stay_small():
+    # A row ends at each of 400 levels: 80,200 pairs of row and node, 1,283,200 of row and token.
+    nodes = nodes_of(range(400), [16] * 400)
+    plan = plan_of(nodes, range(400))
+    assert plan.tensor("cpu").numel() < 80_200
+    assert plan.kv_tokens < 1_283_200 / 4
+
+
+def test_a_long_run_is_split_among_the_workers():
+    machine = Machine(16, 64, (64,), min_split=128, workers=2 * 20)
+    nodes = nodes_of([0, 1, 1], [64 * 100, 64, 64])
+    plan = plan_of(nodes, [1, 2], machine=machine)
+    tables = plan.tables
+    tiles = (tables.blocks[:, 3] - tables.blocks[:, 2]).tolist()
+    assert sum(tiles) == 102 and max(tiles) <= 6 and len(tiles) <= 22
+    assert plan.partials == len(tables.rows)
+
+
+def test_prefill_reads_no_further_than_its_rows():
+    nodes = nodes_of([0, 1], [1024, 4096])
+    machine = Machine(16, 128, (32,), min_split=1 << 20, workers=1 << 30)
+    position = np.arange(1024 + 512, 1024 + 1024)
+    plan = plan_of(nodes, [1] * 512, position, machine=machine, ahead=0)
+    # Tiles of 32 query tokens, each up to its own last key.
+    assert [tokens for _, tokens in reads(plan)] == [1536 + 32 * i for i in range(1, 17)]
+    open_end = plan_of(nodes, [1] * 512, position, machine=machine)
+    assert max(tokens for _, tokens in reads(open_end)) == 5120
+    assert open_end.kv_tokens == plan.kv_tokens
+
+
+def test_rows_that_see_nothing():
+    nodes = nodes_of([0, 1, 0], [10, 20, 30])
+    plan = plan_of(nodes, [-1, 1, -1], [0, 29, 7])
+    assert reads(plan) == [([1], 30)] and plan.kv_tokens == 30
+    for node, position in (([-1, -1], [0, 0]), ([], [])):
+        plan = plan_of(nodes, np.array(node, int), np.array(position, int))
+        assert len(plan.tables.blocks) == 0 and plan.kv_tokens == 0
+        assert Plan.read(plan.tensor("cpu")).merge_ptr.tolist() == [0] * (len(node) + 1)
+    empty = Nodes(*(np.empty(0, np.int32),) * 4, np.zeros(1, np.int32), np.empty(0, np.int32))
+    assert len(plan_of(empty, [-1], [0]).tables.blocks) == 0
+
+
+def test_tensor_holds_the_tables():
+    plan = plan_of(nodes_of([0, 1, 1], [100, 30, 40]), [1, 2], [110, 120])
+    tensor = plan.tensor("cpu")
+    assert tensor.dtype == torch.int32 and tensor.shape == (1, 1, *plan.shape)
+    for read, made in zip(Plan.read(tensor), plan.tables, strict=True):
+        assert np.array_equal(read, made)
+    Plan.positions(tensor).add_(3)
+    assert Plan.read(tensor).positions.tolist() == [113, 123]
+    assert tensor.shape[3] >= max(2, plan.partials)
+
+
+def test_tensor_of_a_given_capacity():
+    plan = plan_of(nodes_of([0, 1, 1], [100, 30, 40]), [1, 2])
+    height, width = plan.shape
+    for capacity in (plan.shape, (height + 3, width), (height, 2 * width)):
+        tensor = plan.tensor("cpu", capacity)
+        assert tensor.shape == (1, 1, *capacity)
+        assert np.array_equal(Plan.read(tensor).blocks, plan.tables.blocks)
+    for capacity in ((height - 1, width), (height, width // 2), (2, width)):
+        with pytest.raises(ValueError, match=r"needs W >= .* too small"):
+            plan.tensor("cpu", capacity)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"page_size": 24}, "page_size=24: it must be a power of two from 16"),
+        ({"heads": Heads(7, 2, 64, 64, 2)}, "7 query heads don't divide among 2 KV heads"),
+        ({"node": np.array([0])}, r"node \(1,\) and position \(2,\) must both be \[R\]"),
+        ({"node": np.array([0, 3])}, "node runs from 0 to 3; there are nodes 0 to 2"),
+        ({"node": np.array([-2, 1])}, "node runs from -2 to 1"),
+    ],
+)
+def test_refuses_contradictions(change, message):
+    arguments = dict(
+        nodes=nodes_of([0, 1, 1], [100, 30, 40]),
+        node=np.array([1, 2]),
+        position=np.array([129, 139]),
+        heads=HEADS,
+        page_size=16,
+        machine=Machine.cpu(),
+    )
+    make_plan(**arguments)
+    with pytest.raises(ValueError, match=message):
+        make_plan(**{**arguments, **change})
