@@ -145,13 +145,13 @@ def test_threshold_counts_bytes():
 
 
 def test_children_that_fill_query_tiles_merge():
-    # 128 queries of each child fill tiles of 16, so the prefix is read as often in either way.
+    # Tiles of 16: the 128 queries of one child fill 8, the 100 of the other need 7 and leave 7
+    # for the prefix with the one that ends there.
     machine = Machine(16, 64, (16,), min_split=1 << 20, workers=1 << 30)
-    nodes = nodes_of([0, 1, 1], [400, 200, 200])
-    node = np.repeat([1, 2], 128)
-    merged = plan_of(nodes, node, machine=machine)
-    assert len(merged.tables.blocks) == 16 and merged.partials == 0
-    assert merged.kv_tokens == 16 * 600
+    nodes = nodes_of([0, 1, 1], [2000, 200, 200])
+    plan = plan_of(nodes, np.repeat([0, 1, 2], [1, 128, 100]), machine=machine)
+    assert plan.kv_tokens == 8 * 2200 + 7 * 200 + 7 * 2000
+    assert plan.partials == 100 * 2
 
 
 def test_chains_are_one_run():
