@@ -20,8 +20,7 @@ You work at the information desk of a small country. The notes below describe it
 shops, towns, companies and libraries. Each note is about one place, and a sentence that says \
 "it" speaks of the place its note began with. Visitors ask one question at a time. Find the note \
 that holds the answer and reply with the words of the note alone: a name, an address, a time, a \
-price, a room, a day or a number; or the whole note, to those who want to hear it. Do not add \
-anything else."""
+price, a room, a day or a number. Do not add anything else."""
 
 
 class Fact(NamedTuple):

@@ -392,7 +392,7 @@ def evaluate(
 def write_card(
     args: argparse.Namespace, parameters: int, steps: int, seconds: float, results: list[Result]
 ) -> None:
-    """Write the model's README.md and log the results as JSON for whoever reads by machine."""
+    """Write the model's README.md: what it is, what was measured, how it was trained."""
     cuda = torch.cuda.is_available() and args.device.startswith("cuda")
     hardware = f"one {torch.cuda.get_device_name()}" if cuda else "a CPU"
     rows = "\n".join(
