@@ -17,6 +17,7 @@ _TABLES = ("shapes", "blocks", "rows", "slots", "tiles", "pages", "merge_ptr")
 _COLUMNS = {"shapes": 4, "blocks": 4, "tiles": 3}
 _HEADER = 3 + 2 * len(_TABLES)  # rows, partials, page size; offset and size of each table
 _ALIGN = 64
+_NOWHERE = -(1 << 30)
 
 
 class Nodes(NamedTuple):
@@ -113,7 +114,8 @@ class Tables(NamedTuple):
         tiles: [T, 3] first page (into `pages`), first position, end position.
         pages: page numbers.
         merge_ptr: [R+1] the partials of row r are slots merge_ptr[r]..merge_ptr[r+1]-1.
-        positions: [R or more] of the query rows; what follows the first R is padding.
+        positions: [R or more] of the query rows, far below 0 if they see nothing; what follows
+            the first R is padding.
         page_size: tokens in a page.
     """
 
@@ -260,6 +262,7 @@ def make_plan(
     merged, link = _pack(forest, heads, machine)
     packs = _runs(nodes, forest, merged, link, page_size, machine)
     queries = _query_tiles(nodes, forest, packs, position, heads, machine, ahead)
+    position = np.where(node < 0, _NOWHERE, position)
     return Plan(_tables(nodes, packs, queries, position, page_size, heads, machine))
 
 

@@ -1,0 +1,318 @@
+"""Times attention over prefix trees: CUDA-graph replays with a cold L2, medians.
+
+    python benchmarks/kernels.py --out kernels.json            # the 80 cases of the PAT paper
+    python benchmarks/kernels.py --tree 1,10_4096,416 --heads 32/8
+    python benchmarks/kernels.py --irregular 8 --sdpa          # random trees; torch's SDPA beside
+
+A tree "1,10_4096,416" has 1 node of 4,096 tokens and below it 10 of 416; one query per leaf, in
+shuffled order. A row of the result: tree, heads, us (median), roofline_us, error (the largest over
+some rows, against float64), bound (what PyTorch's error in the same dtype allows), kv_mb, tb_s
+(distinct bytes over the time), share (of the roofline, net of what an empty graph takes), best_us
+(the fastest peer's time, from peers-h200.json).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import triton
+
+from pat_hf.kernels.ops import attention
+from pat_hf.kernels.plan import Heads, Machine, Nodes, make_plan
+
+HERE = Path(__file__).parent
+DIM = 128
+BANDWIDTH, FLOPS = 4.3e12, 790e12
+TREES = (
+    "1,10_4096,416",
+    "1,256_256,32",
+    "1,1024_2048,32",
+    "1,2,64_1024,256,256",
+    "1,4,256_32,256,32",
+    "1,8,512_32,512,256",
+    "1,8,512_32,2048,256",
+    "1,8,512_512,512,256",
+    "1,4,8,256_32,256,256,32",
+    "1,4,16,512_1024,256,128,32",
+    "1,4,16,64,256,1024_256,32,256,64,32,256",
+    "1,16,32,64,128,1024_256,128,64,32,32,32",
+    "1,16,32,64,256,1024_256,128,64,32,32,32",
+    "1,8,16,32,64,128,1024_256,128,64,32,32,32,32",
+    "1,8,16,32,64,256,1024_256,128,64,32,32,32,32",
+    "2,8,16,256_256,256,32,32",
+    "4,16,256,512_512,32,128,32",
+    "8,16,32,256_512,512,256,32",
+    "256_1024",
+    "256_4096",
+)
+HEADS = ("32/32", "16/8", "32/8", "64/8")
+
+
+def regular(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Parents and lengths, in preorder, of a tree "nodes per level_tokens per node"."""
+    counts, tokens = ([int(x) for x in part.split(",")] for part in text.split("_"))
+    parent, length = [], []
+
+    def grow(level: int, index: int, above: int) -> None:
+        me = len(parent)
+        parent.append(above)
+        length.append(tokens[level])
+        if level + 1 < len(counts):
+            below, here = counts[level + 1], counts[level]
+            for child in range(-(-index * below // here), -(-(index + 1) * below // here)):
+                grow(level + 1, child, me)
+
+    for root in range(counts[0]):
+        grow(0, root, -1)
+    return np.array(parent), np.array(length)
+
+
+def irregular(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """A tree of depth 1 to 8, 1 to 3,000 tokens a node, most of them few; 7 to 700 leaves."""
+    generator = np.random.default_rng(seed)
+    leaves, deepest = int(np.exp(generator.uniform(np.log(7), np.log(700)))), 8
+    parent, length = [], []
+
+    def grow(share: int, depth: int, above: int) -> None:
+        me = len(parent)
+        parent.append(above)
+        length.append(int(min(3000, 1 + generator.pareto(1.0) * 40)))
+        while share > 1 or (share and depth + 1 < deepest and generator.random() < 0.1):
+            some = share if depth + 2 >= deepest else int(generator.integers(1, share + 1))
+            if depth + 2 >= deepest:
+                for _ in range(some):
+                    grow(1, deepest - 1, me)
+            else:
+                grow(some, depth + 1, me)
+            share -= some
+
+    grow(leaves, 0, -1)
+    return np.array(parent), np.array(length)
+
+
+def nodes_of(parent: np.ndarray, length: np.ndarray, page_size: int, seed: int) -> Nodes:
+    """The tree with pages strewn over the pool."""
+    count = len(parent)
+    end, start = np.arange(1, count + 1), np.zeros(count, np.int64)
+    for i in range(count):
+        if parent[i] >= 0:
+            start[i] = start[parent[i]] + length[parent[i]]
+    for i in range(count - 1, -1, -1):
+        if parent[i] >= 0:
+            end[parent[i]] = max(end[parent[i]], end[i])
+    page_ptr = np.concatenate([[0], np.cumsum(-(-length // page_size))])
+    pages = 1 + np.random.default_rng(seed).permutation(page_ptr[-1])
+    return Nodes(
+        *(x.astype(np.int32) for x in (parent, end)),
+        start,
+        *(x.astype(np.int32) for x in (length, page_ptr, pages)),
+    )
+
+
+class Case:
+    """Tensors and plan of one tree and one head configuration."""
+
+    def __init__(self, name: str, heads: str, page_size: int, machine: Machine):
+        self.name, self.heads_name = name, heads
+        seed = int(name[4:]) if name.startswith("seed") else 0
+        parent, length = irregular(seed) if name.startswith("seed") else regular(name)
+        query, kv = map(int, heads.split("/"))
+        self.heads = Heads(query, kv, DIM, DIM, 2)
+        self.nodes = nodes_of(parent, length, page_size, seed)
+        leaves = np.setdiff1d(np.arange(len(parent)), parent)
+        self.node = np.random.default_rng(seed).permutation(leaves)
+        self.position = (self.nodes.start + length)[self.node] - 1
+        self.plan = make_plan(
+            self.nodes, self.node, self.position, self.heads, page_size, machine
+        )
+        self.plan_tensor = self.plan.tensor("cuda")
+        shape = (len(self.nodes.pages) + 1, kv, page_size, DIM)
+        self.q = torch.randn(len(leaves), query, 1, DIM, device="cuda", dtype=torch.float16)
+        self.k = torch.randn(shape, device="cuda", dtype=torch.float16)
+        self.v = torch.randn(shape, device="cuda", dtype=torch.float16)
+        self.page_size = page_size
+        self.kv_bytes = int(length.sum()) * kv * self.heads.token_bytes
+        moved = self.kv_bytes + 2 * self.q.numel() * 2
+        flops = 4 * DIM * query * int((self.position + 1).sum())
+        self.roofline_us = max(moved / BANDWIDTH, flops / FLOPS) * 1e6
+        self.tflop = flops / 1e12
+
+    def __call__(self) -> torch.Tensor:
+        return attention(self.q, self.k, self.v, self.plan_tensor, scale=DIM**-0.5)
+
+    def dense(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V [KV heads, tokens, dim] of a row's path."""
+        node, slots = int(self.node[row]), []
+        while node >= 0:
+            inside = np.arange(self.nodes.length[node])
+            page = self.nodes.pages[self.nodes.page_ptr[node] + inside // self.page_size]
+            slots.insert(0, page.astype(np.int64) * self.page_size + inside % self.page_size)
+            node = int(self.nodes.parent[node])
+        slots = torch.from_numpy(np.concatenate(slots)).cuda()
+        page, slot = slots // self.page_size, slots % self.page_size
+        return self.k[page, :, slot].transpose(0, 1), self.v[page, :, slot].transpose(0, 1)
+
+    def error(self, out: torch.Tensor, rows: int = 6) -> tuple[float, float]:
+        """Ours, and twice that of PyTorch in the same dtype plus 1e-5; against float64."""
+        worst, torchs = 0.0, 0.0
+        for row in np.linspace(0, len(self.node) - 1, rows).astype(int):
+            k, v = self.dense(int(row))
+            q = self.q[row].view(self.heads.kv, self.heads.group, DIM)
+            sdpa = torch.nn.functional.scaled_dot_product_attention
+            exact = sdpa(q.double(), k.double(), v.double()).view(-1, DIM)
+            scores = (q @ k.transpose(1, 2)) * DIM**-0.5
+            plain = (scores.softmax(-1) @ v).view(-1, DIM)
+            worst = max(worst, (out[row, 0].double() - exact).abs().max().item())
+            torchs = max(torchs, (plain.double() - exact).abs().max().item())
+        return worst, 2 * torchs + 1e-5
+
+    def sdpa(self):
+        """PyTorch's SDPA over the dense K and V of every request, padded to the longest."""
+        k, v = zip(*(self.dense(row) for row in range(len(self.node))), strict=True)
+        pad = torch.nn.utils.rnn.pad_sequence
+        lengths = torch.tensor([x.shape[1] for x in k], device="cuda")
+        k, v = (pad([x.transpose(0, 1) for x in y], True).transpose(1, 2) for y in (k, v))
+        mask = None
+        if (lengths != lengths[0]).any():
+            mask = (torch.arange(k.shape[2], device="cuda") < lengths[:, None])[:, None, None]
+        return lambda: torch.nn.functional.scaled_dot_product_attention(
+            self.q, k, v, attn_mask=mask, enable_gqa=True
+        )
+
+
+def graph_us(function, flush: torch.Tensor, repeat: int) -> float:
+    """Median of replays, each after 256 MB have been written over the L2."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        function()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        held = function()
+    times = []
+    for i in range(repeat + 3):
+        flush.fill_(i)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        times.append((begin, end))
+    torch.cuda.synchronize()
+    del held
+    return statistics.median(begin.elapsed_time(end) * 1e3 for begin, end in times[3:])
+
+
+def eager_us(function, repeat: int) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(repeat):
+        function()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) * 1e3 / repeat
+
+
+def measure(case: Case, flush: torch.Tensor, floor: float, repeat: int, sdpa: bool) -> dict:
+    error, bound = case.error(case())
+    us = graph_us(case, flush, repeat)
+    row = {
+        "tree": case.name,
+        "heads": case.heads_name,
+        "us": round(us, 2),
+        "roofline_us": round(case.roofline_us, 2),
+        "error": error,
+        "bound": bound,
+        "kv_mb": round(case.kv_bytes / 1e6, 1),
+        "tb_s": round(case.kv_bytes / us / 1e6, 3),
+        "tflop_s": round(case.tflop / us * 1e6, 1),
+        "share": round(case.roofline_us / max(us - floor, 1e-3), 3),
+        "eager_us": round(eager_us(case, 10), 1),
+    }
+    if sdpa:
+        row["sdpa_us"] = round(graph_us(case.sdpa(), flush, repeat), 2)
+    return row
+
+
+def summary(rows: list[dict]) -> str:
+    lines = [f"{'tree':44}{'heads':>6}{'us':>8}{'best':>8}{'x':>6}{'share':>7}{'error/bound':>12}"]
+    for row in rows:
+        best = row.get("best_us", float("nan"))
+        lines.append(
+            f"{row['tree']:44}{row['heads']:>6}{row['us']:8.1f}{best:8.1f}{best / row['us']:6.2f}"
+            f"{row['share']:7.2f}{row['error'] / row['bound']:12.2f}"
+        )
+    gains = [row["best_us"] / row["us"] for row in rows if "best_us" in row]
+    if gains:
+        lines.append(f"against the best peer: {np.exp(np.mean(np.log(gains))):.3f}x, least "
+                     f"{min(gains):.3f}x, ahead in {sum(x >= 1 for x in gains)} of {len(gains)}")
+    for low, high in ((0, 30), (30, 100), (100, 500), (500, 1e9)):
+        part = [row["share"] for row in rows if low <= row["kv_mb"] < high]
+        if part:
+            lines.append(f"{low}-{high:g} MB: share {np.exp(np.mean(np.log(part))):.3f} "
+                         f"({len(part)} cases)")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tree", action="append", help='"nodes_tokens", or seedN: irregular')
+    parser.add_argument("--heads", action="append", help="query heads/KV heads")
+    parser.add_argument("--irregular", type=int, default=0, help="add so many random trees")
+    parser.add_argument("--page-size", type=int, default=32)
+    parser.add_argument("--repeat", type=int, default=25)
+    parser.add_argument("--sdpa", action="store_true", help="time PyTorch's dense SDPA too")
+    parser.add_argument("--out", type=Path, help="a JSON file")
+    arguments = parser.parse_args()
+    trees = list(arguments.tree or (() if arguments.irregular else TREES))
+    trees += [f"seed{i}" for i in range(arguments.irregular)]
+    device = torch.device("cuda", torch.cuda.current_device())
+    machine, flush = Machine.of(device), torch.empty(1 << 28, dtype=torch.uint8, device=device)
+    empty = torch.zeros(1, device=device)
+    floor = graph_us(lambda: empty.add_(1), flush, 50)
+    peers = {}
+    if (HERE / "peers-h200.json").exists():
+        cases = json.loads((HERE / "peers-h200.json").read_text())["cases"]
+        peers = {(case["tree"], case["heads"]): case["best_us"] for case in cases}
+    rows = []
+    for heads in arguments.heads or HEADS:
+        for tree in trees:
+            case = Case(tree, heads, arguments.page_size, machine)
+            row = measure(case, flush, min(floor, 4.6), arguments.repeat, arguments.sdpa)
+            if (tree, heads) in peers:
+                row["best_us"] = peers[tree, heads]
+            rows.append(row)
+            del case
+            torch.cuda.empty_cache()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE)
+    result = {
+        "machine": torch.cuda.get_device_name(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+        },
+        "commit": commit.stdout.strip(),
+        "command": " ".join(["python", *sys.argv]),
+        "method": f"median of {arguments.repeat} CUDA-graph replays, 256 MB written before each; "
+        f"planning outside; fp16, dim {DIM}, page size {arguments.page_size}",
+        "one_kernel_us": round(floor, 2),
+        "roofline": "max((distinct KV + Q + O bytes)/4.3e12, flops/790e12)",
+        "rows": rows,
+    }
+    if arguments.out:
+        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(summary(rows))
+
+
+if __name__ == "__main__":
+    main()

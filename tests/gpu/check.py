@@ -1,0 +1,176 @@
+"""The Triton kernels against the float64 reference, feature by feature.
+
+On a GPU:          python tests/gpu/check.py
+Without one:       TRITON_INTERPRET=1 python tests/gpu/check.py --small
+Under a sanitizer: compute-sanitizer --tool memcheck python tests/gpu/check.py --small --repeat 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from trees import Case, nodes_of, pools  # noqa: E402
+
+from pat_hf.kernels import naive  # noqa: E402
+from pat_hf.kernels.forward import forward  # noqa: E402
+from pat_hf.kernels.plan import Heads, Machine, make_plan  # noqa: E402
+
+
+class Check(NamedTuple):
+    """One feature combination; the tree is drawn from the seed."""
+
+    seed: int
+    dtype: torch.dtype = torch.float16
+    heads: tuple[int, int] = (8, 2)
+    dims: tuple[int, int] = (64, 64)
+    page_size: int = 32
+    length: int = 1
+    window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    nodes: int = 12
+    longest: int = 150
+    rows: int = 9
+
+
+SMALL = [
+    Check(0, nodes=6, rows=5),
+    Check(1, heads=(6, 2), dims=(80, 48), page_size=16, length=2, window=40, nodes=5, rows=3),
+    Check(2, torch.float16, heads=(5, 1), softcap=2.0, sinks=True, nodes=5, rows=4),
+    Check(3, torch.float32, heads=(2, 2), dims=(16, 24), page_size=64, length=3, nodes=5, rows=3),
+    Check(4, heads=(16, 1), nodes=4, rows=12, sinks=True, longest=60),
+]
+LARGE = [
+    *(Check(10 + d, dims=(d, d)) for d in (64, 80, 96, 128, 192, 256)),
+    *(Check(20 + g, heads=(2 * g, 2), dims=(128, 128), rows=40) for g in range(1, 17)),
+    *(
+        Check(50 + i, dtype, (12, 4), dims, page, length, window, softcap, sinks, 40, 400, 60)
+        for i, (dtype, dims, (page, length), (window, softcap, sinks)) in enumerate(
+            itertools.islice(
+                itertools.product(
+                    (torch.float16, torch.bfloat16, torch.float32),
+                    ((128, 128), (192, 128), (80, 96)),
+                    ((16, 1), (32, 4), (128, 1)),
+                    ((None, None, False), (100, None, True), (None, 3.0, True)),
+                ),
+                0,
+                None,
+                4,
+            )
+        )
+    ),
+    Check(200, heads=(32, 4), dims=(128, 128), nodes=5, longest=3000, rows=900),
+    Check(201, heads=(64, 8), dims=(128, 128), nodes=300, longest=90, rows=300, length=3),
+]
+
+
+def draw(check: Check) -> Case:
+    """A random tree of depth up to 8 with ragged nodes, rows anywhere, one of them unseeing."""
+    generator = np.random.default_rng(check.seed)
+    depths, lengths = [0], []
+    for _ in range(check.nodes - 1):
+        depths.append(int(generator.integers(0, min(depths[-1] + 1, 7) + 1)))
+    lengths = generator.integers(1, generator.choice([20, check.longest], check.nodes) + 1)
+    nodes = nodes_of(depths, lengths.tolist(), check.page_size)
+    node = generator.integers(0, check.nodes, check.rows)
+    node[-1] = -1
+    node = np.repeat(node, check.length)
+    inside = generator.integers(0, 1 << 20, len(node)) % np.where(node < 0, 1, nodes.length[node])
+    position = np.where(node < 0, 0, nodes.start[node] + inside)
+    heads = Heads(*check.heads, *check.dims, torch.finfo(check.dtype).bits // 8)
+    return Case(nodes, node, position, heads, check.page_size, check.length)
+
+
+def run(check: Check, device: torch.device, repeat: int) -> tuple[float, float]:
+    """The kernels' error and its bound: twice that of PyTorch in the same dtype, plus 1e-5."""
+    case = draw(check)
+    q, k, v = pools(case, check.dtype, seed=check.seed)
+    sinks = torch.randn(check.heads[0]) if check.sinks else None
+    options = {"scale": check.dims[0] ** -0.5, "window": check.window, "softcap": check.softcap}
+    plan = make_plan(
+        case.nodes, case.node, case.position, case.heads, case.page_size, Machine.gpu(132)
+    ).tensor(device)
+    k_pool, v_pool = k.to(device), v.to(device)
+    moved = None if sinks is None else sinks.to(device)
+    _poison(q.to(device))
+    outs = [
+        forward(q.to(device), k_pool, v_pool, plan, sinks=moved, **options).cpu()
+        for _ in range(repeat)
+    ]
+    if not all(torch.equal(outs[0], out) for out in outs[1:]):
+        return float("inf"), 0.0
+    tree = (case.nodes, case.node, case.position)
+    exact = naive.attention(q, k, v, *tree, sinks=sinks, **options)
+    rounded = naive.attention(q, k, v, *tree, sinks=sinks, **options).to(check.dtype)
+    spread = _spread(case, q, k, v, sinks, options, check.dtype)
+    error = (outs[0].double() - exact).abs().max().item()
+    least = max((rounded.double() - exact).abs().max().item(), spread)
+    return error, 2 * least + 1e-5
+
+
+def _spread(case, q, k, v, sinks, options, dtype) -> float:
+    """The largest error of a plain computation in `dtype` with float32 sums, as PyTorch's."""
+    worst, group = 0.0, case.heads.group
+    for row in range(0, len(case.node), max(len(case.node) // 24, 1)):
+        node, b, t = int(case.node[row]), *divmod(row, case.length)
+        keys, values, where = naive._path(k, v, case.nodes, node)
+        seen = where <= int(case.position[row])
+        if options["window"] is not None:
+            seen &= where > int(case.position[row]) - options["window"]
+        if not seen.any():
+            continue
+        keys, values = (
+            keys[seen].repeat_interleave(group, 1),
+            values[seen].repeat_interleave(group, 1),
+        )
+        results = []
+        for kind in (dtype, torch.float64):
+            x = torch.einsum("hd,nhd->hn", q[b, :, t].to(kind), keys.to(kind)) * options["scale"]
+            if options["softcap"] is not None:
+                x = options["softcap"] * torch.tanh(x / options["softcap"])
+            if sinks is not None:
+                x = torch.cat([x, sinks.to(kind)[:, None]], 1)
+            p = x.softmax(1)[:, : len(keys)]
+            results.append(torch.einsum("hn,nhd->hd", p, values.to(kind)).double())
+        worst = max(worst, (results[0] - results[1]).abs().max().item())
+    return worst
+
+
+def _poison(like: torch.Tensor) -> None:
+    """Fills the memory that the next allocations get with NaN."""
+    if like.is_cuda:
+        held = [torch.full((1 << n,), torch.nan, device=like.device) for n in range(8, 24)]
+        del held
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--repeat", type=int, default=2)
+    parser.add_argument("--shard", default="0/1", help="i/n: every n-th check, from the i-th")
+    arguments = parser.parse_args()
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    device = torch.device("cpu" if interpreted else "cuda")
+    shard, shards = map(int, arguments.shard.split("/"))
+    failed, checks = 0, (SMALL if arguments.small else SMALL + LARGE)[shard::shards]
+    for check in checks:
+        error, bound = run(check, device, 1 if interpreted else arguments.repeat)
+        if not error <= bound:
+            failed += 1
+            print(f"FAILED: {check}: error {error:.2e}, bound {bound:.2e}")
+    print(f"{len(checks) - failed} of {len(checks)} checks passed")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
