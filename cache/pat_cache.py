@@ -12,7 +12,7 @@ import torch
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 
 from pat_hf.cache.page_pool import SINK, PagePool, PoolExhausted
-from pat_hf.cache.prefix_tree import Node, PrefixTree
+from pat_hf.cache.prefix_tree import Node, PrefixTree, Preorder
 from pat_hf.cache.report import Report, draw
 from pat_hf.kernels.ops import backend
 from pat_hf.kernels.plan import Heads, Machine, Nodes, Plan, make_plan
@@ -432,8 +432,23 @@ class PATCache(Cache):
             real=None if real.all() else real,
         )
 
-    def plan(self, order, node: np.ndarray, position: np.ndarray, device: torch.device) -> Plan:
-        """A plan over the tree for query rows at `position` below `node` (rows of `order`)."""
+    def plan(
+        self,
+        order: Preorder,
+        node: np.ndarray,
+        position: np.ndarray,
+        device: torch.device,
+        ahead: int | None = None,
+    ) -> Plan:
+        """Plans query rows over the tree.
+
+        Args:
+            order: the tree.
+            node: int32 [rows], where in `order` each row ends; -1 for padding.
+            position: int [rows].
+            device: what the plan is for.
+            ahead: by how much the positions will be advanced; `None`: to the ends of the nodes.
+        """
         size = self.pool.page_size
         counts = [len(n.pages) for n in order.nodes]
         # An open leaf may be read to the end of its pages: positions bound what is there.
@@ -449,9 +464,7 @@ class PATCache(Cache):
             np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
             np.array([page for n in order.nodes for page in n.pages], np.int32),
         )
-        return make_plan(
-            nodes, node, position.astype(np.int32), self.heads, size, Machine.of(device)
-        )
+        return make_plan(nodes, node, position, self.heads, size, Machine.of(device), ahead)
 
     # What a user asks
 

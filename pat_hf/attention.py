@@ -1,4 +1,4 @@
-"""Attention "pat" for Transformers: pages and a plan on a PATCache, sdpa elsewhere."""
+"""Attention "pat" for Transformers: pages and a plan on a PATCache, dense K and V elsewhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from pat_hf.kernels.ops import attention
@@ -45,11 +45,9 @@ def pat_attention(
         ValueError: if the weights are asked for, or the model adds a bias to the scores.
     """
     if attention_mask is None or attention_mask.dtype != torch.int32:
-        if s_aux is not None:
-            raise ValueError(
-                'Without a PATCache "pat" computes what sdpa does, and sdpa has no attention '
-                'sinks. Pass past_key_values=PATCache(model), or load with "eager".'
-            )
+        if s_aux is not None or softcap is not None:
+            scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+            return _dense(query, key, value, attention_mask, scaling, softcap, s_aux), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
@@ -74,6 +72,40 @@ def pat_attention(
         sinks=s_aux,
     )
     return out, None
+
+
+def _dense(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention over dense K and V with what sdpa lacks: a soft-cap, sinks.
+
+    Args:
+        query: [batch, query heads, tokens, dim].
+        key, value: [batch, kv heads, length, dim].
+        mask: bool [batch, 1, tokens, length], `True` to attend; `None` for plain causal.
+
+    Returns:
+        [batch, tokens, query heads, dim].
+    """
+    key, value = (repeat_kv(x, query.shape[1] // x.shape[1]) for x in (key, value))
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = scores.new_ones(scores.shape[2:], dtype=torch.bool)
+        mask = mask.tril(key.shape[2] - query.shape[2])
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        sinks = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
+    return (weights @ value).transpose(1, 2).contiguous()
 
 
 def pat_mask(

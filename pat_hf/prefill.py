@@ -87,7 +87,7 @@ def prefill(
         for first in range(0, rows, chunk):
             part = slice(first, min(first + chunk, rows))
             count = part.stop - first
-            plan = cache.plan(order, node[part], position[part], device)
+            plan = cache.plan(order, node[part], position[part], device, ahead=0)
             cache.announce(Step(plan, device, 1, count, page[part], slot[part], columns=0))
             wanted = ends[(ends >= first) & (ends < part.stop)] - first
             logits.append(_logits(model, cache, token[part], position[part], wanted, device))

@@ -4,15 +4,8 @@ import copy
 import functools
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+import transformers
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 VOCABULARY = 97
 PAD = 0
@@ -31,22 +24,27 @@ _SMALL = {
     "pad_token_id": PAD,
     "initializer_range": 0.2,  # large enough for attention to matter
 }
+_MOE = {"num_experts_per_tok": 2}
+_WINDOW = {"sliding_window": 19}
+_SOME = _WINDOW | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 
 
-def _heads(query: int, kv: int) -> dict:
+def _config(name: str, **changes: object) -> PretrainedConfig:
+    return getattr(transformers, name + "Config")(**_SMALL | changes)
+
+
+def _group(query: int, kv: int) -> dict:
     return {"num_attention_heads": query, "num_key_value_heads": kv, "hidden_size": 16 * query}
 
 
-CONFIGS = {
-    "llama": LlamaConfig(**_SMALL),
-    "qwen3": Qwen3Config(**_SMALL),
-    "qwen2-7": Qwen2Config(**_SMALL | _heads(7, 1)),
-    "qwen2-3": Qwen2Config(**_SMALL | _heads(6, 2)),
-    "mistral-window": MistralConfig(**_SMALL, sliding_window=19),
-    "gemma2": Gemma2Config(
-        **_SMALL, sliding_window=19, attn_logit_softcapping=5.0, query_pre_attn_scalar=16
-    ),
-    "gpt2": GPT2Config(
+CORE = {
+    "Llama": _config("Llama"),
+    "Qwen3": _config("Qwen3"),
+    "Qwen2, 7 heads on 1": _config("Qwen2", **_group(7, 1)),
+    "Qwen2, 6 heads on 2": _config("Qwen2", **_group(6, 2)),
+    "Mistral": _config("Mistral", **_WINDOW),
+    "Gemma 2": _config("Gemma2", **_SOME, attn_logit_softcapping=5.0, query_pre_attn_scalar=16),
+    "GPT-2": transformers.GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=512,
         n_embd=64,
@@ -58,18 +56,40 @@ CONFIGS = {
         pad_token_id=PAD,
     ),
 }
+MODELS = CORE | {
+    "Mixtral": _config("Mixtral", **_MOE, num_local_experts=4),
+    "Qwen2, some windows": _config(
+        "Qwen2", **_WINDOW, use_sliding_window=True, max_window_layers=2
+    ),
+    "Qwen3-MoE": _config("Qwen3Moe", **_MOE, num_experts=4, moe_intermediate_size=32),
+    "Gemma": _config("Gemma"),
+    "Gemma 3": _config("Gemma3Text", **_SOME, query_pre_attn_scalar=16),
+    "Phi": _config("Phi"),
+    "Phi-3": _config("Phi3"),
+    "GPT-OSS": _config("GptOss", **_MOE, **_SOME, num_local_experts=4),
+    "SmolLM3": _config("SmolLM3"),
+    "OLMo 2": _config("Olmo2"),
+    "Granite": _config("Granite"),
+    "StarCoder2": _config("Starcoder2", **_WINDOW),
+    "Cohere": _config("Cohere"),
+    "Cohere 2": _config("Cohere2", **_SOME),
+    "GPT-NeoX": _config("GPTNeoX", num_key_value_heads=4),
+    "GLM-4": _config("Glm4"),
+    "EXAONE 4": _config("Exaone4", **_SOME),
+    "Nemotron": _config("Nemotron"),
+}
+# sdpa drops the soft-cap without a word, and has no sinks.
+EAGER = {"Gemma 2", "GPT-OSS"}
 
 
 @functools.cache
 def pair(name: str, dtype: torch.dtype = torch.float32):
-    """The stock model and the same weights under "pat"."""
-    # sdpa drops Gemma 2's soft-cap without a word.
-    stock_attention = "eager" if name == "gemma2" else "sdpa"
+    """The stock model, and the same weights under "pat"."""
     models = []
-    for attention in (stock_attention, "pat"):
+    for attention in ("eager" if name in EAGER else "sdpa", "pat"):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(CONFIGS[name]), attn_implementation=attention, dtype=dtype
+            copy.deepcopy(MODELS[name]), attn_implementation=attention, dtype=dtype
         )
         models.append(model.eval())
     models[1].load_state_dict(models[0].state_dict())

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 import pat_hf
 from pat_hf.cache.page_pool import SINK
 
-from .models import CONFIGS, VOCABULARY, batch, pair
+from .models import CORE, VOCABULARY, batch, pair
 
 RNG = np.random.default_rng(0)
 
@@ -47,7 +47,7 @@ def generate(model, inputs, cache=None, **kwargs):
     )
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", CORE)
 @pytest.mark.parametrize("prompts", BATCHES)
 def test_same_tokens(name, prompts):
     stock, pat = pair(name)
@@ -57,7 +57,7 @@ def test_same_tokens(name, prompts):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "gpt2"])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "GPT-2"])
 def test_same_tokens_in_mode(name, mode):
     stock, pat = pair(name)
     inputs = batch(BATCHES["two-levels"])
@@ -69,7 +69,7 @@ def test_same_tokens_in_mode(name, mode):
 @given(st.data())
 def test_logits_of_every_step_under_forced_tokens(data):
     """Forced tokens: one near-tie can't hide or cascade."""
-    name = data.draw(st.sampled_from(list(CONFIGS)))
+    name = data.draw(st.sampled_from(list(CORE)))
     stock, pat = pair(name)
     prompts = []
     for _ in range(data.draw(st.integers(1, 6))):
@@ -117,7 +117,7 @@ def _forced(model, inputs, forced, cache):
 @pytest.mark.parametrize("extra", [{}, {"num_return_sequences": 3, "do_sample": True}])
 @pytest.mark.parametrize("chunk", [13, 8192])
 def test_every_distinct_token_is_computed_once(chunk, extra):
-    _, pat = pair("llama")
+    _, pat = pair("Llama")
     prompts = BATCHES["two-levels"] * 2
     seen = []
     hook = pat.model.embed_tokens.register_forward_hook(lambda m, args, out: seen.append(args[0]))
@@ -138,7 +138,7 @@ def test_every_distinct_token_is_computed_once(chunk, extra):
 
 @pytest.mark.parametrize("prompts", BATCHES)
 def test_memory(prompts):
-    _, pat = pair("llama")
+    _, pat = pair("Llama")
     cache = pat_hf.PATCache(pat, page_size=16)
     generate(pat, batch(BATCHES[prompts]), cache)
     report = cache.report()
@@ -151,7 +151,7 @@ def test_memory(prompts):
 
 
 def test_pads_are_not_stored():
-    _, pat = pair("llama")
+    _, pat = pair("Llama")
     cache = pat_hf.PATCache(pat)
     pages = []
     write = cache.pool.write
@@ -167,7 +167,7 @@ def test_pads_are_not_stored():
 
 
 def test_eos_at_different_steps():
-    stock, pat = pair("llama")
+    stock, pat = pair("Llama")
     inputs = batch(BATCHES["ragged"])
     free = generate(stock, inputs, do_sample=False)[:, inputs["input_ids"].shape[1] :]
     eos = free[1, 5].item()
@@ -177,7 +177,7 @@ def test_eos_at_different_steps():
 
 
 def test_second_turn_computes_only_what_is_new():
-    stock, pat = pair("llama")
+    stock, pat = pair("Llama")
     cache = pat_hf.PATCache(pat)
     inputs = batch(BATCHES["ragged"])
     first = generate(pat, inputs, cache, do_sample=False)
@@ -194,7 +194,7 @@ def test_second_turn_computes_only_what_is_new():
 
 
 def test_second_turn_with_padding_behind_the_first_answers():
-    stock, pat = pair("llama")
+    stock, pat = pair("Llama")
     cache = pat_hf.PATCache(pat)
     inputs = batch(BATCHES["ragged"])
     first = generate(pat, inputs, cache, do_sample=False)
@@ -209,7 +209,7 @@ def test_second_turn_with_padding_behind_the_first_answers():
 
 
 def test_a_batch_of_another_size_reuses_what_it_shares():
-    stock, pat = pair("llama")
+    stock, pat = pair("Llama")
     cache = pat_hf.PATCache(pat)
     generate(pat, batch(BATCHES["two-levels"]), cache)
     before = cache.prefilled
@@ -220,7 +220,7 @@ def test_a_batch_of_another_size_reuses_what_it_shares():
 
 
 def test_the_same_prompts_again_compute_nothing_but_the_last_logits():
-    stock, pat = pair("llama")
+    stock, pat = pair("Llama")
     cache = pat_hf.PATCache(pat)
     inputs = batch(BATCHES["identical"])
     generate(pat, inputs, cache, do_sample=False)
@@ -231,7 +231,7 @@ def test_the_same_prompts_again_compute_nothing_but_the_last_logits():
 
 
 def test_inputs_embeds_are_computed_per_request_and_exact():
-    stock, pat = pair("llama")
+    stock, pat = pair("Llama")
     inputs = batch(BATCHES["ragged"])
     results = []
     for model, cache in ((stock, None), (pat, pat_hf.PATCache(pat))):
@@ -244,7 +244,7 @@ def test_inputs_embeds_are_computed_per_request_and_exact():
 
 def test_plain_forward_with_several_tokens_and_crop():
     """What assisted decoding and scoring do: forwards without generate()."""
-    stock, pat = pair("llama")
+    stock, pat = pair("Llama")
     inputs = batch(BATCHES["ragged"])
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     position = (mask.cumsum(-1) - 1).clamp(min=0)
@@ -273,7 +273,7 @@ def test_plain_forward_with_several_tokens_and_crop():
 
 
 def test_prompt_lookup_decoding():
-    stock, pat = pair("llama")
+    stock, pat = pair("Llama")
     inputs = batch([(SYSTEM[:20]) * 3])
     kwargs = {"do_sample": False, "prompt_lookup_num_tokens": 4}
     ours = generate(pat, inputs, pat_hf.PATCache(pat), **kwargs)
@@ -281,7 +281,7 @@ def test_prompt_lookup_decoding():
 
 
 def test_repeat_and_select_go_by_reference():
-    stock, pat = pair("llama")
+    stock, pat = pair("Llama")
     inputs = batch(BATCHES["ragged"])
     caches = [DynamicCache(config=stock.config), pat_hf.PATCache(pat, page_size=16)]
     generate(stock, inputs, caches[0], max_new_tokens=24, do_sample=False)
@@ -307,7 +307,7 @@ def test_repeat_and_select_go_by_reference():
 
 
 def test_deepcopy_is_a_cache_of_its_own():
-    _, pat = pair("llama")
+    _, pat = pair("Llama")
     cache = pat_hf.PATCache(pat)
     inputs = batch(BATCHES["ragged"])
     first = generate(pat, inputs, cache, do_sample=False)
@@ -319,7 +319,7 @@ def test_deepcopy_is_a_cache_of_its_own():
 
 
 def test_inference_mode_and_grad_do_not_bind_the_pages():
-    stock, pat = pair("llama")
+    stock, pat = pair("Llama")
     cache = pat_hf.PATCache(pat)
     inputs = batch(BATCHES["ragged"])
     with torch.inference_mode():
@@ -330,7 +330,7 @@ def test_inference_mode_and_grad_do_not_bind_the_pages():
     assert not any(t.requires_grad for t in cache.pool._tensors())
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "gpt2"])
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "GPT-2"])
 def test_pat_without_its_cache_is_sdpa(name):
     stock, pat = pair(name)
     inputs = batch(BATCHES["ragged"])
@@ -345,8 +345,8 @@ def test_pat_without_its_cache_is_sdpa(name):
 def test_half_precision_stays_within_twice_the_error_of_sdpa():
     prompts = batch(BATCHES["two-levels"])
     forced = torch.tensor([text(8, r) for r in range(4)])
-    exact = _forced(pair("llama", torch.float32)[0], prompts, forced, None).double()
-    stock, pat = pair("llama", torch.bfloat16)
+    exact = _forced(pair("Llama", torch.float32)[0], prompts, forced, None).double()
+    stock, pat = pair("Llama", torch.bfloat16)
     exact_weights = copy.deepcopy(stock).float()
     exact = _forced(exact_weights, prompts, forced, None).double()
     theirs = (_forced(stock, prompts, forced, None).double() - exact).abs()

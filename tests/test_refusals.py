@@ -17,13 +17,13 @@ from transformers import (
 import pat_hf
 from pat_hf.prefill import prefill
 
-from .models import CONFIGS, batch, pair
+from .models import CORE, batch, pair
 
 PROMPTS = [[3, 4, 5, 6], [3, 4, 7]]
 
 
 def refused(inputs, words, cache=None, error=ValueError, **kwargs):
-    _, pat = pair("llama")
+    _, pat = pair("Llama")
     cache = cache or pat_hf.PATCache(pat)
     with pytest.raises(error, match=words):
         pat.generate(**inputs, past_key_values=cache, max_new_tokens=3, **kwargs)
@@ -48,7 +48,7 @@ def test_empty_prompt():
 
 def test_mask_of_another_shape():
     # Asked directly: newer versions of generate() mend the mask before it gets here.
-    _, pat = pair("llama")
+    _, pat = pair("Llama")
     with pytest.raises(ValueError, match="\\(1, 2\\) and input_ids \\(1, 3\\)"):
         prefill(pat, pat_hf.PATCache(pat), **inputs_of([[3, 4, 5]], [[1, 1]]))
 
@@ -60,13 +60,13 @@ def test_mask_of_other_values():
 def test_four_dimensional_masks():
     mask = torch.ones(1, 1, 3, 3, dtype=torch.bool)
     refused({"input_ids": torch.tensor([[3, 4, 5]]), "attention_mask": mask}, "2D")
-    _, pat = pair("llama")
+    _, pat = pair("Llama")
     with pytest.raises(RuntimeError, match="2-D attention_mask"):
         pat(torch.tensor([[3, 4, 5]]), attention_mask=mask, past_key_values=pat_hf.PATCache(pat))
 
 
 def test_batch_size_changing_under_a_cache():
-    _, pat = pair("llama")
+    _, pat = pair("Llama")
     cache = pat_hf.PATCache(pat)
     pat.generate(**batch(PROMPTS), past_key_values=cache, max_new_tokens=3)
     with pytest.raises(ValueError, match="batch of 3 and the cache holds 2 requests"):
@@ -74,13 +74,13 @@ def test_batch_size_changing_under_a_cache():
 
 
 def test_cache_of_another_model():
-    _, other = pair("qwen3")
+    _, other = pair("Qwen3")
     refused(batch(PROMPTS), "made for another model", pat_hf.PATCache(other))
 
 
 def test_cache_of_another_dtype():
     model = AutoModelForCausalLM.from_config(
-        copy.deepcopy(CONFIGS["llama"]), attn_implementation="pat"
+        copy.deepcopy(CORE["Llama"]), attn_implementation="pat"
     )
     cache = pat_hf.PATCache(model)
     inputs = batch(PROMPTS)
@@ -93,11 +93,11 @@ def test_cache_of_another_dtype():
 
 
 def test_another_attention_implementation():
-    stock, pat = pair("llama")
+    stock, pat = pair("Llama")
     with pytest.raises(ValueError, match="attn_implementation='sdpa'.*set_attn_implementation"):
         pat_hf.PATCache(stock)
     model = AutoModelForCausalLM.from_config(
-        copy.deepcopy(CONFIGS["llama"]), attn_implementation="pat"
+        copy.deepcopy(CORE["Llama"]), attn_implementation="pat"
     )
     cache = pat_hf.PATCache(model)
     model.set_attn_implementation("sdpa")
@@ -149,7 +149,7 @@ def test_attention_weights_and_no_cache():
 
 
 def test_pool_exhausted_by_prompts_leaves_the_batch():
-    _, pat = pair("llama")
+    _, pat = pair("Llama")
     cache = pat_hf.PATCache(pat, page_size=16, max_tokens=96)
     inputs = batch(PROMPTS)
     kept = pat.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)
@@ -160,7 +160,7 @@ def test_pool_exhausted_by_prompts_leaves_the_batch():
 
 
 def test_pool_exhausted_while_generating():
-    _, pat = pair("llama")
+    _, pat = pair("Llama")
     cache = pat_hf.PATCache(pat, page_size=16, max_tokens=80)
     inputs = batch(PROMPTS)
     with pytest.raises(pat_hf.PoolExhausted, match="2 requests.*Raise max_tokens"):
@@ -174,6 +174,6 @@ def test_pool_exhausted_while_generating():
 
 @pytest.mark.parametrize("kwargs", [{"page_size": 20}, {"max_tokens": 3}, {"prefill_tokens": 0}])
 def test_arguments(kwargs):
-    _, pat = pair("llama")
+    _, pat = pair("Llama")
     with pytest.raises(ValueError, match=next(iter(kwargs))):
         pat_hf.PATCache(pat, **kwargs)

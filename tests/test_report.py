@@ -10,7 +10,7 @@ from .models import batch, pair
 
 
 def test_figures():
-    _, pat = pair("llama")
+    _, pat = pair("Llama")
     cache = pat_hf.PATCache(pat, page_size=16)
     assert str(cache.report()) and cache.tree() == "0 requests"
     shared = list(range(2, 42))
