@@ -102,6 +102,7 @@ class PATCache(Cache):
         if prefill_tokens < 1:
             raise ValueError(f"prefill_tokens={prefill_tokens}: at least one is needed.")
         self.config = _supported_config(model)
+        self.dtype = model.dtype
         self._model = weakref.ref(_unwrapped(model))
         self.heads = _heads(self.config, model.dtype)
         super().__init__(layers=[])
@@ -201,6 +202,11 @@ class PATCache(Cache):
                 "and a 2-D attention_mask of 0 and 1, or none; a 4-D mask, or one that a model "
                 "makes by itself, can't be honoured."
             )
+        kind = key_states.device.type
+        if torch.is_autocast_enabled(kind):
+            # As it would for sdpa; rotary embeddings may have left K in float32.
+            dtype = torch.get_autocast_dtype(kind)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         layer = self.pool.write(
             layer_idx, key_states, value_states, *step.targets(key_states.device)
         )
@@ -253,7 +259,7 @@ class PATCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps requests `indices`, in that order."""
-        self._select(torch.arange(len(self.prefixes))[indices.cpu()].tolist())
+        self._select(np.arange(len(self.prefixes))[indices.cpu().numpy()].tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every request, by reference."""
@@ -342,12 +348,12 @@ class PATCache(Cache):
                 "PATCache(model)."
             )
         _supported_config(model)
-        held = {layer.keys.dtype for layer in self.pool.layers.values()}
-        if held and model.dtype not in held:
+        if self.pool.layers and model.dtype != self.dtype:
             raise ValueError(
-                f"This PATCache holds {', '.join(map(str, held))} and the model now computes in "
-                f"{model.dtype}. Call reset() on the cache, or make a new one."
+                f"This PATCache was filled in {self.dtype} and the model is now in {model.dtype}. "
+                "Call reset() on the cache, or make a new one."
             )
+        self.dtype = model.dtype
 
     def begin(self, batch: int, length: int, mask: torch.Tensor | None, device: torch.device):
         """Plans a forward of `length` tokens for every request; several calls plan it once.

@@ -15,10 +15,11 @@ from pat_hf.attention import register  # noqa: E402
 from pat_hf.cache.page_pool import PoolExhausted  # noqa: E402
 from pat_hf.cache.pat_cache import PATCache  # noqa: E402
 from pat_hf.cache.report import Report  # noqa: E402
+from pat_hf.enable import disable, enable, enabled  # noqa: E402
 from pat_hf.prefill import install  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["PATCache", "PoolExhausted", "Report"]
+__all__ = ["PATCache", "PoolExhausted", "Report", "disable", "enable", "enabled"]
 
 register()
 install()

@@ -62,7 +62,7 @@ def pat_attention(
             "not support. Use DynamicCache for this model."
         )
     out = attention(
-        query,
+        query.to(key.dtype),  # they differ under autocast
         key,
         value,
         attention_mask,

@@ -80,9 +80,7 @@ def test_logits_of_every_step_under_forced_tokens(data):
     inputs = batch(prompts)
     steps = data.draw(st.integers(1, 6))
     chunk = data.draw(st.sampled_from([1, 7, 64, 8192]))
-    forced = torch.from_numpy(
-        np.random.default_rng(len(prompts)).integers(2, VOCABULARY, (len(prompts), steps))
-    )
+    forced = torch.tensor([text(steps, row) for row in range(len(prompts))])
     cache = pat_hf.PATCache(
         pat, page_size=data.draw(st.sampled_from([16, 32])), prefill_tokens=chunk
     )
@@ -353,3 +351,16 @@ def test_half_precision_stays_within_twice_the_error_of_sdpa():
     ours = (_forced(pat, prompts, forced, pat_hf.PATCache(pat)).double() - exact).abs()
     assert ours.max() <= 2 * theirs.max() + 1e-5
     assert ours.mean() <= 2 * theirs.mean() + 1e-5
+
+
+def test_autocast_computes_in_its_dtype_as_sdpa_does():
+    stock, pat = pair("Llama")
+    inputs = batch(BATCHES["two-levels"])
+    forced = torch.tensor([text(4, r) for r in range(4)])
+    exact = _forced(stock, inputs, forced, None)
+    cache = pat_hf.PATCache(pat)
+    with torch.autocast(inputs["input_ids"].device.type, torch.bfloat16):
+        theirs = _forced(stock, inputs, forced, None)
+        ours = _forced(pat, inputs, forced, cache)
+    assert cache.pool.layers[0].keys.dtype == cache.pool.layers[0].values.dtype == torch.bfloat16
+    assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + 1e-5

@@ -1,0 +1,80 @@
+"""PATCache for code that calls `generate()` deep inside something else."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from pat_hf.cache.pat_cache import PATCache
+
+
+def enable(model: PreTrainedModel, **options: Any) -> None:
+    """Gives every `model.generate()` that brings no cache of its own a fresh PATCache.
+
+    Trainers and evaluation harnesses that call `generate()` themselves need no change. Does
+    nothing if the model is enabled already.
+
+    Args:
+        model: a decoder-only model, with any attention implementation; it is switched to "pat".
+        options: for `PATCache`.
+
+    Raises:
+        ValueError: if the model's attention can't be taken over; the model is as before.
+    """
+    if "_pat_hf_disable" in vars(model):
+        return
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("pat")
+    try:
+        PATCache(model, **options)
+    except BaseException:
+        model.set_attn_implementation(attention)
+        raise
+    generate = model.generate
+
+    @functools.wraps(generate)
+    def generate_with_pat(*args: Any, **kwargs: Any) -> Any:
+        # What `generate` itself would refuse together with a cache, or not use one for.
+        config = kwargs.get("generation_config") or model.generation_config
+        for name, default in (("use_cache", True), ("cache_implementation", None)):
+            if kwargs.get(name, getattr(config, name, None)) not in (default, None):
+                return generate(*args, **kwargs)
+        if kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = PATCache(model, **options)
+        return generate(*args, **kwargs)
+
+    def restore() -> None:
+        del model.generate, model._pat_hf_disable
+        model.set_attn_implementation(attention)
+
+    model.generate = generate_with_pat
+    model._pat_hf_disable = restore
+
+
+def disable(model: PreTrainedModel) -> None:
+    """Undoes `enable`, without a trace; does nothing if the model isn't enabled."""
+    if restore := vars(model).get("_pat_hf_disable"):
+        restore()
+
+
+@contextmanager
+def enabled(model: PreTrainedModel, **options: Any) -> Iterator[PreTrainedModel]:
+    """`enable` for the length of a `with` block; leaves a model that was enabled before so.
+
+        with pat_hf.enabled(model):
+            trainer.train()
+
+    Args:
+        model, options: as for `enable`.
+    """
+    before = "_pat_hf_disable" in vars(model)
+    enable(model, **options)
+    try:
+        yield model
+    finally:
+        if not before:
+            disable(model)

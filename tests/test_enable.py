@@ -1,0 +1,88 @@
+"""enable() and enabled(): everything is taken over, and nothing of it is left behind."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, BloomConfig, DynamicCache
+
+import pat_hf
+
+from .models import batch, pair
+from .test_generate import BATCHES
+
+INPUTS = batch(BATCHES["two-levels"])
+
+
+def remains(model) -> dict:
+    """All that a patch could have changed: attributes, hooks, attention."""
+    return {
+        "attributes": sorted(vars(model)),
+        "hooks": [
+            len(hooks)
+            for module in model.modules()
+            for name, hooks in vars(module).items()
+            if name.endswith("_hooks")
+        ],
+        "methods": [type(model).generate, model.generate.__func__, model.forward.__func__],
+        "attention": model.config._attn_implementation,
+    }
+
+
+def tokens_through(model, **kwargs) -> tuple[torch.Tensor, int]:
+    """The sequences, and how many tokens went through the model."""
+    seen = []
+    hook = model.model.embed_tokens.register_forward_hook(
+        lambda module, args, out: seen.append(args[0].numel())
+    )
+    out = model.generate(**INPUTS, max_new_tokens=4, do_sample=False, **kwargs)
+    hook.remove()
+    return out, sum(seen)
+
+
+def test_a_block_takes_over_and_leaves_no_trace():
+    model = copy.deepcopy(pair("Llama")[0])
+    before = remains(model)
+    stock, dense = tokens_through(model)
+    with pat_hf.enabled(model, page_size=16) as same:
+        assert same is model
+        ours, distinct = tokens_through(model)
+        again, _ = tokens_through(model)
+    assert remains(model) == before
+    assert torch.equal(ours, stock) and torch.equal(again, stock)
+    assert distinct < dense / 1.5
+    assert tokens_through(model)[1] == dense
+
+
+def test_an_exception_and_a_nested_block_leave_no_trace():
+    model = copy.deepcopy(pair("Llama")[0])
+    before = remains(model)
+    with pytest.raises(KeyError), pat_hf.enabled(model):
+        with pat_hf.enabled(model):
+            pass
+        assert model.config._attn_implementation == "pat"
+        raise KeyError
+    assert remains(model) == before
+    pat_hf.disable(model)
+    assert remains(model) == before
+
+
+def test_a_cache_of_the_callers_own_is_respected():
+    model = copy.deepcopy(pair("Llama")[0])
+    stock, dense = tokens_through(model)
+    pat_hf.enable(model)
+    own = DynamicCache(config=model.config)
+    out, count = tokens_through(model, past_key_values=own)
+    assert torch.equal(out, stock) and count == dense
+    assert own.get_seq_length() == INPUTS["input_ids"].shape[1] + 3
+    for kwargs in ({"use_cache": False}, {"cache_implementation": "static"}):
+        assert torch.equal(tokens_through(model, **kwargs)[0], stock)
+
+
+def test_a_model_that_cannot_be_taken_over_is_left_as_it_was():
+    config = BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=2)
+    model = AutoModelForCausalLM.from_config(config)
+    before = remains(model)
+    with pytest.raises(ValueError, match="Bloom"):
+        pat_hf.enable(model)
+    assert remains(model) == before
