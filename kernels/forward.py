@@ -29,6 +29,8 @@ class Tile(NamedTuple):
         m, n: the kernel's tile; a block with more rows than m is run in several pieces.
         warps, stages: Triton's num_warps and num_stages.
         per_sm: programs that are resident on a streaming multiprocessor.
+        registers: the most that a thread may have.
+        branch: whether a tile that all rows see whole goes unmasked.
     """
 
     rows: int
@@ -37,6 +39,8 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     per_sm: int
+    registers: int | None = None
+    branch: bool = True
 
 
 def tiles(itemsize: int, dim: int) -> tuple[Tile, ...]:
@@ -53,9 +57,18 @@ def tiles(itemsize: int, dim: int) -> tuple[Tile, ...]:
         )
     return (
         Tile(128, 128, 64, 8, 3, 1),
-        Tile(64, 64, 64, 4, 2, 2),
-        Tile(16, 16, 32, 2, 2, 6),
+        Tile(64, 64, 32, 4, 2, 2, branch=False),
+        Tile(16, 16, 32, 1, 2, 8, branch=False),
     )
+
+
+@triton.jit
+def _mask(b_s, o_p, end, position, window, USE_WINDOW: tl.constexpr):
+    """Scores [BM, BN] of keys at positions o_p; -inf where a row doesn't see the key."""
+    m_p = (o_p < end)[None, :] & (o_p[None, :] <= position[:, None])
+    if USE_WINDOW:
+        m_p = m_p & (o_p[None, :] > position[:, None] - window)
+    return tl.where(m_p, b_s, float("-inf"))
 
 
 @triton.jit
@@ -97,6 +110,7 @@ def forward_kernel(
     USE_SOFTCAP: tl.constexpr,
     USE_SINKS: tl.constexpr,
     IS_FLOAT32: tl.constexpr,
+    USE_BRANCH: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """Blocks whose m is in (ABOVE, ROWS]; one program takes every so many-th of them.
@@ -130,21 +144,46 @@ def forward_kernel(
     last = tl.max(tl.where(m_s, b_last, 0), 0)
     jobs = tl.maximum(last - first, 0) * (H * SUB)
 
+    # A block's entry is read while the one before it is run.
+    i_n = tl.minimum(tl.program_id(0), jobs - 1)
+    p_block = p_blocks + (first + i_n // (H * SUB)) * 4
+    next_row = tl.load(p_block, mask=jobs > 0, other=0)
+    next_row_end = tl.load(p_block + 1, mask=jobs > 0, other=0)
+    next_tile = tl.load(p_block + 2, mask=jobs > 0, other=0)
+    next_tile_end = tl.load(p_block + 3, mask=jobs > 0, other=0)
     for i_j in range(tl.program_id(0), jobs, tl.num_programs(0)):
         i_b = first + i_j // (H * SUB)
         i_h = (i_j // SUB) % H
         i_sub = i_j % SUB
-        row_begin = tl.load(p_blocks + i_b * 4)
-        row_end = tl.load(p_blocks + i_b * 4 + 1)
-        tile_begin = tl.load(p_blocks + i_b * 4 + 2)
-        tile_end = tl.load(p_blocks + i_b * 4 + 3)
+        row_begin = next_row
+        row_end = next_row_end
+        tile_begin = next_tile
+        tile_end = next_tile_end
+        i_n = tl.minimum(i_j + tl.num_programs(0), jobs - 1)
+        p_block = p_blocks + (first + i_n // (H * SUB)) * 4
+        next_row = tl.load(p_block)
+        next_row_end = tl.load(p_block + 1)
+        next_tile = tl.load(p_block + 2)
+        next_tile_end = tl.load(p_block + 3)
         tokens = tl.max(tl.where((b_first <= i_b) & (i_b < b_last), b_tokens, 0), 0)
         o_r = i_sub * BM + o_m
         m_r = o_r < (row_end - row_begin) * G
         # A block's pieces: later ones may have no rows.
         if i_sub * BM < (row_end - row_begin) * G:
+            pieces = tl.maximum(tokens // BN, 1)
+            # What depends on nothing else is asked for first.
             i_e = row_begin + o_r // G
             i_r = tl.load(p_rows + i_e, mask=m_r, other=0).to(tl.int64)
+            p_tile = p_tiles + tile_end * 3
+            last_begin = tl.load(p_tile - 2)
+            run_end = tl.load(p_tile - 1)
+            p_tile = p_tiles + tile_begin * 3
+            begin = tl.load(p_tile + 1)
+            end = tl.load(p_tile + 2)
+            if P >= BN:
+                i_p = tl.load(p_pages + tl.load(p_tile))
+            else:
+                i_p = tl.load(p_pages + tl.load(p_tile) + o_n // P, mask=begin + o_n < end, other=0)
             position = tl.load(plan + W + i_r, mask=m_r, other=-1)
             i_hq = i_h * G + o_r % G
             # [BM, BK]
@@ -159,20 +198,13 @@ def forward_kernel(
             b_max = tl.full([BM], float("-inf"), tl.float32)
             b_sum = tl.zeros([BM], tl.float32)
             b_out = tl.zeros([BM, BV], tl.float32)
-            pieces = tl.maximum(tokens // BN, 1)
-            steps = (tile_end - tile_begin) * pieces
+            steps = (tile_end - tile_begin - 1) * pieces
+            steps += tl.maximum(tl.cdiv(tl.minimum(run_end, latest + 1) - last_begin, BN), 1)
             # [BN, BK], [BN, BV]: of a tile that lies in one page
             o_nk = o_n[:, None] * sk_t + o_k[None, :]
             o_nv = o_n[:, None] * sv_t + o_v[None, :]
 
             # Tables are read two steps ahead, pages one, so that no load of K waits for them.
-            p_tile = p_tiles + tile_begin * 3
-            begin = tl.load(p_tile + 1)
-            end = tl.load(p_tile + 2)
-            if P >= BN:
-                i_p = tl.load(p_pages + tl.load(p_tile))
-            else:
-                i_p = tl.load(p_pages + tl.load(p_tile) + o_n // P, mask=begin + o_n < end, other=0)
             i_next = tl.minimum(1, steps - 1)
             p_tile = p_tiles + (tile_begin + i_next // pieces) * 3
             next_page = tl.load(p_tile)
@@ -232,12 +264,11 @@ def forward_kernel(
                     b_s = (1.0 - 2.0 / (1.0 + tl.exp2(b_s * (2.8853900817779268 / softcap)))) * (
                         softcap * 1.4426950408889634
                     )
-                if not whole:
-                    o_p = seen_begin + o_t
-                    m_p = (o_p < seen_end)[None, :] & (o_p[None, :] <= position[:, None])
-                    if USE_WINDOW:
-                        m_p = m_p & (o_p[None, :] > position[:, None] - window)
-                    b_s = tl.where(m_p, b_s, float("-inf"))
+                if USE_BRANCH:
+                    if not whole:
+                        b_s = _mask(b_s, seen_begin + o_t, seen_end, position, window, USE_WINDOW)
+                else:
+                    b_s = _mask(b_s, seen_begin + o_t, seen_end, position, window, USE_WINDOW)
                 b_new = tl.maximum(b_max, tl.max(b_s, 1))
                 b_ref = tl.where(b_new == float("-inf"), 0.0, b_new)
                 b_p = tl.exp2(b_s - b_ref[:, None])
@@ -264,7 +295,7 @@ def forward_kernel(
             tl.store(lse + p_slot, b_max + tl.log2(b_sum), mask=m_r & (slot >= 0))
             tl.store(
                 partial + p_slot[:, None] * V + o_v[None, :],
-                b_out / b_ref[:, None],
+                b_out * (1.0 / b_ref)[:, None],
                 mask=(m_r & (slot >= 0))[:, None] & m_v,
             )
             b_scale = 1.0 / b_ref
@@ -325,14 +356,15 @@ def forward(
             BM=tile.m, BN=tile.n,
             BK=triton.next_power_of_2(key_dim), BV=triton.next_power_of_2(value_dim),
             USE_WINDOW=window is not None, USE_SOFTCAP=softcap is not None,
-            USE_SINKS=sinks is not None, IS_FLOAT32=q.dtype == torch.float32, USE_PDL=pdl,
-            num_warps=tile.warps, num_stages=tile.stages,
+            USE_SINKS=sinks is not None, IS_FLOAT32=q.dtype == torch.float32, USE_BRANCH=tile.branch, USE_PDL=pdl,
+            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
             **({"launch_pdl": i > 0} if pdl else {}),
         )  # fmt: skip
-    heads = min(triton.next_power_of_2(query_heads), 4)
+    value_block = triton.next_power_of_2(value_dim)
+    heads = min(triton.next_power_of_2(query_heads), max(1024 // value_block, 1))
     merge_kernel[(rows, triton.cdiv(query_heads, heads))](
         plan, partial, lse, out, sinks, width,
-        HQ=query_heads, V=value_dim, BH=heads, BV=triton.next_power_of_2(value_dim), BS=4,
+        HQ=query_heads, V=value_dim, BH=heads, BV=value_block,
         USE_SINKS=sinks is not None, USE_PDL=pdl, num_warps=4,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

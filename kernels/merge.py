@@ -5,7 +5,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-UNSEEING = -(1 << 29)  # positions below this are of rows that see nothing
+@triton.jit
+def _load(partial, lse, i_s, end, o_h, o_v, HQ: tl.constexpr, V: tl.constexpr):
+    """Partial i_s [BH, BV] and its log-sum-exp [BH]; nothing from `end` on."""
+    o_s = tl.zeros_like(o_h) + i_s
+    o_p = o_s.to(tl.int64) * HQ + o_h
+    m_h = (o_h < HQ) & (o_s < end)
+    b_lse = tl.load(lse + o_p, mask=m_h, other=float("-inf"))
+    m_p = m_h[:, None] & (o_v < V)[None, :]
+    return tl.load(partial + o_p[:, None] * V + o_v[None, :], mask=m_p, other=0.0), b_lse
 
 
 @triton.jit
@@ -20,7 +28,6 @@ def merge_kernel(
     V: tl.constexpr,
     BH: tl.constexpr,
     BV: tl.constexpr,
-    BS: tl.constexpr,
     USE_SINKS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
@@ -51,29 +58,25 @@ def merge_kernel(
             b_max = tl.load(sinks + o_h, mask=m_h, other=0.0).to(tl.float32) * 1.4426950408889634
             b_sum += 1.0
         b_out = tl.zeros([BH, BV], tl.float32)
-        for i_s in range(begin, end, BS):
-            o_s = i_s + tl.arange(0, BS).to(tl.int64)
-            m_s = o_s < end
-            # [BS, BH]
-            b_lse = tl.load(
-                lse + o_s[:, None] * HQ + o_h[None, :],
-                mask=m_s[:, None] & m_h[None, :],
-                other=float("-inf"),
-            )
-            # [BS, BH, BV]
-            b_part = tl.load(
-                partial + (o_s[:, None, None] * HQ + o_h[None, :, None]) * V + o_v[None, None, :],
-                mask=m_s[:, None, None] & m_o[None, :, :],
-                other=0.0,
-            )
-            b_new = tl.maximum(b_max, tl.max(b_lse, 0))
+        # Four at a time: their loads are in flight together.
+        for i_s in range(begin, end, 4):
+            b_0, b_lse0 = _load(partial, lse, i_s, end, o_h, o_v, HQ, V)
+            b_1, b_lse1 = _load(partial, lse, i_s + 1, end, o_h, o_v, HQ, V)
+            b_2, b_lse2 = _load(partial, lse, i_s + 2, end, o_h, o_v, HQ, V)
+            b_3, b_lse3 = _load(partial, lse, i_s + 3, end, o_h, o_v, HQ, V)
+            b_new = tl.maximum(tl.maximum(b_lse0, b_lse1), tl.maximum(b_lse2, b_lse3))
+            b_new = tl.maximum(b_max, b_new)
             b_ref = tl.where(b_new == float("-inf"), 0.0, b_new)
             b_old = tl.exp2(b_max - b_ref)
-            b_w = tl.exp2(b_lse - b_ref[None, :])
-            b_sum = b_sum * b_old + tl.sum(b_w, 0)
-            b_out = b_out * b_old[:, None] + tl.sum(b_part * b_w[:, :, None], 0)
+            b_lse0 = tl.exp2(b_lse0 - b_ref)
+            b_lse1 = tl.exp2(b_lse1 - b_ref)
+            b_lse2 = tl.exp2(b_lse2 - b_ref)
+            b_lse3 = tl.exp2(b_lse3 - b_ref)
+            b_sum = b_sum * b_old + ((b_lse0 + b_lse1) + (b_lse2 + b_lse3))
+            b_out = b_out * b_old[:, None] + b_0 * b_lse0[:, None] + b_1 * b_lse1[:, None]
+            b_out += b_2 * b_lse2[:, None] + b_3 * b_lse3[:, None]
             b_max = b_new
         b_out = b_out / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
         tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_o)
-    elif position < -(1 << 29):
+    elif position < -(1 << 29):  # the row sees nothing
         tl.store(p_out, tl.zeros([BH, BV], out.dtype.element_ty), mask=m_o)
