@@ -22,6 +22,9 @@ import sys
 import time
 from pathlib import Path
 
+# Transformers imports a package `kernels`, which must not be the file of that name beside this one.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).parent]
+
 import torch
 import transformers
 from transformers import (
