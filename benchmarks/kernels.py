@@ -130,9 +130,7 @@ class Case:
         leaves = np.setdiff1d(np.arange(len(parent)), parent)
         self.node = np.random.default_rng(seed).permutation(leaves)
         self.position = (self.nodes.start + length)[self.node] - 1
-        self.plan = make_plan(
-            self.nodes, self.node, self.position, self.heads, page_size, machine
-        )
+        self.plan = make_plan(self.nodes, self.node, self.position, self.heads, page_size, machine)
         self.plan_tensor = self.plan.tensor("cuda")
         shape = (len(self.nodes.pages) + 1, kv, page_size, DIM)
         self.q = torch.randn(len(leaves), query, 1, DIM, device="cuda", dtype=torch.float16)
@@ -251,13 +249,16 @@ def summary(rows: list[dict]) -> str:
         )
     gains = [row["best_us"] / row["us"] for row in rows if "best_us" in row]
     if gains:
-        lines.append(f"against the best peer: {np.exp(np.mean(np.log(gains))):.3f}x, least "
-                     f"{min(gains):.3f}x, ahead in {sum(x >= 1 for x in gains)} of {len(gains)}")
+        lines.append(
+            f"against the best peer: {np.exp(np.mean(np.log(gains))):.3f}x, least "
+            f"{min(gains):.3f}x, ahead in {sum(x >= 1 for x in gains)} of {len(gains)}"
+        )
     for low, high in ((0, 30), (30, 100), (100, 500), (500, 1e9)):
         part = [row["share"] for row in rows if low <= row["kv_mb"] < high]
         if part:
-            lines.append(f"{low}-{high:g} MB: share {np.exp(np.mean(np.log(part))):.3f} "
-                         f"({len(part)} cases)")
+            lines.append(
+                f"{low}-{high:g} MB: share {np.exp(np.mean(np.log(part))):.3f} ({len(part)} cases)"
+            )
     return "\n".join(lines)
 
 
@@ -268,7 +269,7 @@ def main() -> None:
     parser.add_argument("--tree", action="append", help='"nodes_tokens", or seedN: irregular')
     parser.add_argument("--heads", action="append", help="query heads/KV heads")
     parser.add_argument("--irregular", type=int, default=0, help="add so many random trees")
-    parser.add_argument("--page-size", type=int, default=32)
+    parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=25)
     parser.add_argument("--sdpa", action="store_true", help="time PyTorch's dense SDPA too")
     parser.add_argument("--out", type=Path, help="a JSON file")
@@ -283,7 +284,7 @@ def main() -> None:
     if (HERE / "peers-h200.json").exists():
         cases = json.loads((HERE / "peers-h200.json").read_text())["cases"]
         peers = {(case["tree"], case["heads"]): case["best_us"] for case in cases}
-    rows = []
+    rows: list[dict] = []
     for heads in arguments.heads or HEADS:
         for tree in trees:
             case = Case(tree, heads, arguments.page_size, machine)

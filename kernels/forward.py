@@ -9,7 +9,6 @@ runs, the merge waits for all.
 from __future__ import annotations
 
 import functools
-import os
 from typing import NamedTuple
 
 import torch
@@ -17,8 +16,6 @@ import triton
 import triton.language as tl
 
 from pat_hf.kernels.merge import merge_kernel
-
-_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class Tile(NamedTuple):
@@ -118,7 +115,8 @@ def forward_kernel(
     Args:
         q: [B, H * G, T, K] by strides; k, v: [pages, H, P, K or V] by strides.
         plan: int32 [C, W], see `Plan`.
-        out: [B * T, H * G, V] contiguous; partial: fp32 [W, H * G, V]; lse: fp32 [W, H * G], base 2.
+        out: [B * T, H * G, V] contiguous.
+        partial: fp32 [W, H * G, V]; lse: fp32 [W, H * G], in base 2.
         qk_scale: the scale times log2 e; without the log2 e if there is a softcap.
     """
     SUB: tl.constexpr = ROWS // BM
@@ -244,7 +242,7 @@ def forward_kernel(
                         mask=next_begin + o_next < next_end,
                         other=0,
                     )
-                # Read again, since handing `next_begin` on would keep the loop from being pipelined.
+                # Read again: to hand `next_begin` on would keep the loop from being pipelined.
                 p_tile = p_tiles + (tile_begin + tl.minimum(i + 1, steps - 1) // pieces) * 3
                 begin = tl.load(p_tile + 1)
                 end = tl.load(p_tile + 2)
@@ -356,7 +354,8 @@ def forward(
             BM=tile.m, BN=tile.n,
             BK=triton.next_power_of_2(key_dim), BV=triton.next_power_of_2(value_dim),
             USE_WINDOW=window is not None, USE_SOFTCAP=softcap is not None,
-            USE_SINKS=sinks is not None, IS_FLOAT32=q.dtype == torch.float32, USE_BRANCH=tile.branch, USE_PDL=pdl,
+            USE_SINKS=sinks is not None, IS_FLOAT32=q.dtype == torch.float32,
+            USE_BRANCH=tile.branch, USE_PDL=pdl,
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
             **({"launch_pdl": i > 0} if pdl else {}),
         )  # fmt: skip

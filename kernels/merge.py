@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+
 @triton.jit
 def _load(partial, lse, i_s, end, o_h, o_v, HQ: tl.constexpr, V: tl.constexpr):
     """Partial i_s [BH, BV] and its log-sum-exp [BH]; nothing from `end` on."""

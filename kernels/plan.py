@@ -91,7 +91,7 @@ class Machine:
     @staticmethod
     def gpu(processors: int) -> Machine:
         """Two waves of blocks over `processors` streaming multiprocessors."""
-        return Machine(16, 128, (32, 64, 128), min_split=256, workers=2 * processors)
+        return Machine(16, 128, (32, 64), min_split=256, workers=2 * processors)
 
     @staticmethod
     @functools.cache

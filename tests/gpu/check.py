@@ -165,9 +165,9 @@ def main() -> None:
     failed, checks = 0, (SMALL if arguments.small else SMALL + LARGE)[shard::shards]
     for check in checks:
         error, bound = run(check, device, 1 if interpreted else arguments.repeat)
-        if not error <= bound:
-            failed += 1
-            print(f"FAILED: {check}: error {error:.2e}, bound {bound:.2e}")
+        failed += not error <= bound
+        state = "passed" if error <= bound else "FAILED"
+        print(f"{state}: error {error:.1e}, bound {bound:.1e}: {check}", flush=True)
     print(f"{len(checks) - failed} of {len(checks)} checks passed")
     sys.exit(failed > 0)
 
