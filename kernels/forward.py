@@ -49,7 +49,7 @@ def tiles(itemsize: int, dim: int) -> tuple[Tile, ...]:
         )
     if dim > 128:
         return (
-            Tile(128, 64, 32, 4, 2, 2),
+            Tile(128, 32, 32, 4, 2, 2, branch=False),
             Tile(16, 16, 32, 4, 2, 3),
         )
     return (
