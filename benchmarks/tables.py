@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+SIZES = {"30 to 100 MB": (30, 100), "100 to 500 MB": (100, 500), "over 500 MB": (500, 1e9)}
 
 
 def main() -> None:
@@ -29,37 +31,61 @@ def filled(text: str) -> str:
 
 
 def section(name: str) -> str:
-    """A table of one file of results, or nothing if there is none."""
-    path = RESULTS / f"{name}.json"
-    if not path.exists():
-        return ""
-    results = json.loads(path.read_text())
+    """A file of results as text and a table, and where they come from."""
+    results = json.loads((RESULTS / f"{name}.json").read_text())
+    table = kernels(results) if name.startswith("kernels") else generate(results)
+    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
+    source = f"`{results['command']}`, {versions}, commit {results['commit'][:7]}."
+    return f"{table}\n\n{source}\n"
+
+
+def generate(results: dict) -> str:
+    """Rows of benchmarks/generate.py, with the ratio to the stock dynamic cache of the same run."""
     lines = [
         "| workload | batch | cache | first token | each further | tokens/s | prefill | decode |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    stock = {row["workload"]: row for row in results["rows"] if row["mode"] == "dynamic"}
     for row in results["rows"]:
-        base = next(
-            (
-                r
-                for r in results["rows"]
-                if r["workload"] == row["workload"] and r["mode"] == "dynamic"
-            ),
-            row,
-        )
+        ratios = ("", "")
+        if base := stock.get(row["workload"]):
+            ratios = (
+                f"{base['ttft_s'] / row['ttft_s']:.2f}x",
+                f"{base['tpot_ms'] / row['tpot_ms']:.2f}x",
+            )
         lines.append(
             f"| {row['workload']}: {row['tree']} | {row['batch']} | {row['mode']} "
             f"| {row['ttft_s']:.3g} s | {row['tpot_ms']:.4g} ms | {row['decode_tokens_s']:,.0f} "
-            f"| {base['ttft_s'] / row['ttft_s']:.2f}x | {base['tpot_ms'] / row['tpot_ms']:.2f}x |"
+            f"| {ratios[0]} | {ratios[1]} |"
         )
     threads = f", {results['threads']} threads" if results["threads"] else ""
-    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     return (
         f"{results['model']}, {results['dtype'].removeprefix('torch.')}, random weights, on "
-        f"{results['machine']}{threads}. A workload is the nodes of each level of its prefix tree, "
-        "and the tokens of each.\n\n"
-        + "\n".join(lines)
-        + f"\n\n`{results['command']}`, {versions}, commit {results['commit']}.\n"
+        f"{results['machine']}{threads}. A workload is given by the nodes on each level of its "
+        "prefix tree, and the tokens of each.\n\n" + "\n".join(lines)
+    )
+
+
+def kernels(results: dict) -> str:
+    """Rows of benchmarks/kernels.py by the size of their distinct K and V."""
+    lines = [
+        "| distinct K and V | cases | share of the roofline | speed, best peer = 1 | ahead in |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for name, (least, most) in (SIZES | {"all": (0, 1e9)}).items():
+        rows = [row for row in results["rows"] if least <= row["kv_mb"] < most]
+        share = statistics.geometric_mean(row["share"] for row in rows)
+        speed = [row["best_us"] / row["us"] for row in rows]
+        lines.append(
+            f"| {name} | {len(rows)} | {share:.0%} | {statistics.geometric_mean(speed):.2f}x "
+            f"| {sum(x >= 1 for x in speed)} |"
+        )
+    worst = max(row["error"] / row["bound"] for row in results["rows"])
+    return (
+        f"The {len(results['rows'])} cases of PAT's kernel benchmark on one {results['machine']}: "
+        f"{results['method']}. The best peer of a case is the fastest of 13 published kernels, "
+        "PAT's own CUDA among them (`benchmarks/peers-h200.json`). The largest error is "
+        f"{worst:.0%} of what twice PyTorch's own in fp16 allows.\n\n" + "\n".join(lines)
     )
 
 

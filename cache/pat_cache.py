@@ -109,6 +109,7 @@ class PATCache(Cache):
         self.prefill_tokens = prefill_tokens
         self.pool = PagePool(page_size, max_tokens)
         self.prefixes = PrefixTree(self.pool)
+        self._watch: weakref.finalize | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -120,7 +121,8 @@ class PATCache(Cache):
         self._mask = np.ones((0, 0), bool)
         self._step: Step | None = None
         self._room = 0  # steps until an open leaf needs a page
-        self._version = -1  # of the tree that the step was planned for
+        # ids of the tokens fed since the prompts, [requests, any] each; None where not told
+        self._fed: list[torch.Tensor | None] = []
 
     # What Transformers asks of a cache
 
@@ -250,6 +252,7 @@ class PATCache(Cache):
         for request in range(len(self.prefixes)):
             tokens = min(generated, count) + int(self._mask[request, keep:].sum())
             self.prefixes.truncate(request, tokens)
+        self._fed = [ids[:, : max(0, generated - count)] for ids in self._fed_together()]
         self._columns, self._mask = keep, mask
         self._step = None
 
@@ -268,6 +271,7 @@ class PATCache(Cache):
     def _select(self, indices: Sequence[int]) -> None:
         self.prefixes.select(indices, self.pool.page_size)
         self._mask = self._mask[list(indices)]
+        self._fed = [ids[list(indices)] for ids in self._fed_together()]
         self._step = None
 
     def __deepcopy__(self, memo: dict) -> PATCache:
@@ -275,7 +279,8 @@ class PATCache(Cache):
         twin.pool = copy.deepcopy(self.pool, memo)
         twin.prefixes = self.prefixes.copy(twin.pool)
         twin._mask = self._mask.copy()
-        twin._step = None
+        twin._fed = list(self._fed)
+        twin._step = twin._watch = None
         return twin
 
     # What the forward asks
@@ -293,7 +298,7 @@ class PATCache(Cache):
         Raises:
             PoolExhausted: if the prompts don't fit; the cache is as before.
         """
-        self._label(input_ids)
+        self._label()
         first = len(self.prefixes)
         for ids, real in zip(input_ids, mask, strict=True):
             self.prefixes.insert(ids[real])
@@ -318,18 +323,43 @@ class PATCache(Cache):
         self.prefilled += sum(node.length for node in missing)
         self.prompted += int(mask.sum())
         self._columns, self._mask = mask.shape[1], mask.copy()
+        self._fed = []
         self._step = None
         return missing
 
-    def _label(self, input_ids: np.ndarray) -> None:
-        """Learns from the new prompts the ids of what the last call generated."""
-        batch, columns = self._mask.shape
-        if len(input_ids) != batch or input_ids.shape[1] < self._columns:
+    def watch(self, model: PreTrainedModel) -> None:
+        """Notes the ids that `model` is fed on this cache, until the cache goes away.
+
+        Only with their ids can generated tokens be shared with later prompts: neither `update`
+        nor the mask function is told them.
+        """
+        if self._watch is not None:
             return
-        for request in range(batch):
-            prompt = input_ids[request, :columns][self._mask[request]]
-            generated = input_ids[request, columns : self._columns]
-            self.prefixes.label(request, np.concatenate([prompt, generated]))
+        cache = weakref.ref(self)
+
+        def note(module: PreTrainedModel, args: tuple, kwargs: dict) -> None:
+            self = cache()
+            if self is None or kwargs.get("past_key_values") is not self:
+                return
+            if self._step is None or self._step.columns:
+                self._fed.append(kwargs.get("input_ids"))
+
+        hook = model.register_forward_pre_hook(note, with_kwargs=True)
+        self._watch = weakref.finalize(self, hook.remove)
+
+    def _fed_together(self) -> list[torch.Tensor]:
+        """What was fed as one tensor, or nothing if it is not all known."""
+        generated = self._columns - self._mask.shape[1]
+        known = [ids for ids in self._fed if ids is not None]
+        if not known or sum(ids.shape[1] for ids in known) != generated:
+            return []
+        return [torch.cat(known, 1)]
+
+    def _label(self) -> None:
+        """Tells the tree the ids of what was generated."""
+        for ids in self._fed_together():
+            for request, tokens in enumerate(ids.cpu().numpy()):
+                self.prefixes.label(request, tokens)
 
     def announce(self, step: Step | None) -> None:
         """Says what the next forward is; `None` withdraws it."""

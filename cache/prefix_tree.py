@@ -193,22 +193,19 @@ class PrefixTree:
         return leaf
 
     def label(self, request: int, tokens: np.ndarray) -> None:
-        """Tells the ids of a request's tokens and closes its leaf.
-
-        Nodes below one whose known ids differ from `tokens` stay unlabelled: they hold what was
-        computed for another text, and `insert` will not share them.
+        """Tells the ids of a request's last tokens, as far as they were unknown; closes its leaf.
 
         Args:
-            tokens: int [the request's length].
+            tokens: int [up to the request's length].
         """
         tokens = np.asarray(tokens, np.int64)
+        begin = self.length(request) - len(tokens)
         for node in self.path(request):
-            told = tokens[node.start : node.end]
-            if not np.array_equal(node.tokens, told[: len(node.tokens)]):
-                break
-            if len(node.tokens) < len(told):
+            known = len(node.tokens)
+            if known < node.length and node.start + known >= begin:
                 self._detach(node)
-                node.tokens = told.copy()
+                told = tokens[node.start + known - begin : node.end - begin]
+                node.tokens = np.concatenate([node.tokens, told])
                 self._attach(node)
         self.ends[request].open = False
 

@@ -203,6 +203,7 @@ def install() -> None:
         if not isinstance(cache, PATCache):
             return stock(self, input_ids, generation_config, model_kwargs, is_first_iteration)
         cache.check(self)
+        cache.watch(self)
         reason = _unshareable(input_ids, model_kwargs)
         if reason is not None:
             cache.fallback = reason

@@ -191,6 +191,51 @@ def test_second_turn_computes_only_what_is_new():
     assert cache.prefilled - before == 4 * (9 + 1)
 
 
+def test_an_edited_answer_is_not_taken_for_what_was_generated():
+    stock, pat = pair("Llama")
+    cache = pat_hf.PATCache(pat)
+    inputs = batch(BATCHES["ragged"])
+    first = generate(pat, inputs, cache, do_sample=False)
+    length = inputs["input_ids"].shape[1]
+    ids = torch.cat([first, torch.tensor([text(4, r) for r in range(4)])], 1)
+    ids[:, length + 7] = (ids[:, length + 7] + 1) % 50 + 2
+    mask = torch.ones_like(ids)
+    mask[:, :length] = inputs["attention_mask"]
+    before = cache.prefilled
+    both = {"input_ids": ids, "attention_mask": mask}
+    ours = generate(pat, both, cache, do_sample=False)
+    assert torch.equal(ours, generate(stock, both, do_sample=False))
+    assert cache.prefilled - before == 4 * (ids.shape[1] - length - 7)
+
+
+@pytest.mark.parametrize("mode", ["beams-4", "samples-3"])
+def test_a_second_turn_of_other_rows(mode):
+    """Beams come back sorted, and the finished ones are not those that the cache ended with."""
+    stock, pat = pair("Llama")
+    cache = pat_hf.PATCache(pat, page_size=16)
+    inputs = batch(BATCHES["ragged"])
+    first = generate(pat, inputs, cache, **MODES[mode] | {"num_return_sequences": 3})
+    ids = torch.cat([first.flip(0), torch.tensor([text(4, r) for r in range(12)])], 1)
+    mask = torch.ones_like(ids)
+    width = inputs["input_ids"].shape[1]
+    mask[:, :width] = inputs["attention_mask"].repeat_interleave(3, 0).flip(0)
+    both = {"input_ids": ids, "attention_mask": mask}
+    ours = generate(pat, both, cache, do_sample=False)
+    assert torch.equal(ours, generate(stock, both, do_sample=False))
+    assert cache.prompted - cache.prefilled > sum(map(len, BATCHES["ragged"]))
+
+
+def test_the_hook_that_notes_ids_goes_with_the_cache():
+    _, pat = pair("Llama")
+    hooks = len(pat._forward_pre_hooks)
+    cache = pat_hf.PATCache(pat)
+    generate(pat, batch(BATCHES["one"]), cache, max_new_tokens=3)
+    generate(pat, batch(BATCHES["one"]), cache, max_new_tokens=3)
+    assert len(pat._forward_pre_hooks) == hooks + 1
+    del cache
+    assert len(pat._forward_pre_hooks) == hooks
+
+
 def test_second_turn_with_padding_behind_the_first_answers():
     stock, pat = pair("Llama")
     cache = pat_hf.PATCache(pat)

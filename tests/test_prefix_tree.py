@@ -46,17 +46,9 @@ def test_generated_tokens_get_a_leaf_each_and_are_shared_once_labelled():
         tree.append(request, 2)
     assert [tree.length(r) for r in (0, 1)] == [4, 4]
     assert len({id(tree.ends[r]) for r in (0, 1)}) == 2
-    tree.label(0, np.array([1, 2, 5, 6]))
+    tree.label(0, np.array([5, 6]))
     tree.insert(np.array([1, 2, 5, 6, 7]))
     assert tree.path(2)[1] is tree.ends[0]
-
-
-def test_label_keeps_what_was_computed_for_another_text():
-    tree = tree_of([1, 2])
-    tree.append(0, 2)
-    tree.label(0, np.array([1, 3, 5, 6]))
-    tree.insert(np.array([1, 2, 5, 6]))
-    assert tree.ends[1] is not tree.ends[0]
 
 
 def test_fork_cuts_at_a_page():

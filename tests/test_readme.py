@@ -1,0 +1,27 @@
+"""The README's figures are those of the results, and its example runs."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def test_figures_are_those_of_the_results():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    assert "<!-- generate-cpu -->" in README
+    assert tables.filled(README) == README
+
+
+def test_the_example_runs(capsys):
+    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+    names = {
+        "name": str(ROOT / "examples" / "facts-llama"),
+        "prompts": ["Question: Who?\nAnswer:", "Question: When was it?\nAnswer:"],
+    }
+    exec(code, names)
+    assert names["out"].shape[0] == 2
+    assert "2 requests" in capsys.readouterr().out
