@@ -21,6 +21,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Transformers imports a package `kernels`, which must not be this file.
+sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).parent]
+
 import numpy as np
 import torch
 import triton
