@@ -77,10 +77,11 @@ class PagePool:
                 f"{self.used} of {self.limit} pages of {self.page_size} tokens are in use and "
                 f"{count} more are needed."
             )
-        self._free[:0] = range(size - 1, len(self.references) - 1, -1)
-        self.references = np.concatenate([self.references, np.zeros(missing, np.int32)])
         for index, layer in self.layers.items():
             self.layers[index] = Layer(*(_enlarged(tensor, size) for tensor in layer))
+        # Last: should memory run out above, the pages are as many as they were.
+        self._free[:0] = range(size - 1, len(self.references) - 1, -1)
+        self.references = np.concatenate([self.references, np.zeros(missing, np.int32)])
 
     def extend(self, nodes: Iterable[tuple[Node, int]]) -> None:
         """Gives nodes the pages for all their tokens, or none of them any.
@@ -104,8 +105,8 @@ class PagePool:
                 needed += int(self.references[page]) - sharers[page] > 1
                 sharers[page] += 1
         if needed > len(self._free):
-            # Decoding asks for a little at a time: half as much again keeps copies rare.
-            room = len(self.references) // 2
+            # Decoding asks for a little at a time: an eighth more keeps copies rare.
+            room = len(self.references) // 8
             if self.limit is not None:
                 room = min(room, self.limit - self.used - needed)
             self.reserve(needed + max(room, 0) if self.used else needed)

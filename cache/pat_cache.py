@@ -17,6 +17,8 @@ from pat_hf.cache.report import Report, draw
 from pat_hf.kernels.ops import backend
 from pat_hf.kernels.plan import Heads, Machine, Nodes, Plan, make_plan
 
+_AHEAD = 512  # new tokens of a request that pages are reserved for; longer answers add to them
+
 
 class Step:
     """What the layers need in one forward: the plan, and where the new tokens go.
@@ -242,6 +244,7 @@ class PATCache(Cache):
             tokens_to_remove: minus the number of tokens, or, as Transformers still allows, the
                 length to keep if it is positive. Padding counts.
         """
+        self._withdraw()
         count = int(tokens_to_remove)
         count = -count if count <= 0 else max(0, self._columns - count)
         if count == 0:
@@ -269,6 +272,7 @@ class PATCache(Cache):
         self._select([i for i in range(len(self.prefixes)) for _ in range(repeats)])
 
     def _select(self, indices: Sequence[int]) -> None:
+        self._withdraw()
         self.prefixes.select(indices, self.pool.page_size)
         self._mask = self._mask[list(indices)]
         self._fed = [ids[list(indices)] for ids in self._fed_together()]
@@ -298,6 +302,7 @@ class PATCache(Cache):
         Raises:
             PoolExhausted: if the prompts don't fit; the cache is as before.
         """
+        self._withdraw()
         self._label()
         first = len(self.prefixes)
         for ids, real in zip(input_ids, mask, strict=True):
@@ -315,7 +320,7 @@ class PATCache(Cache):
                 f"{self._holdings()}"
             )
         self.prefixes.select(requests)
-        ahead = len(self.prefixes) * self.pool.pages(ahead)
+        ahead = len(self.prefixes) * self.pool.pages(min(ahead, _AHEAD))
         if self.pool.limit is not None:
             ahead = min(ahead, self.pool.limit - pages)
         self.pool.reserve(sum(self.pool.pages(node.length) for node in missing) + ahead)
@@ -397,12 +402,26 @@ class PATCache(Cache):
             The plan, int32 [1, 1, ., .].
 
         Raises:
-            ValueError: if `batch` is not the number of requests.
+            ValueError: if `batch` is not the number of requests, or `mask` not that of the tokens
+                stored; its values are looked at when the plan is made anew.
             PoolExhausted: if there is no page for the new tokens; the cache is as before.
         """
         step = self._step
         if step is not None and not step.written and step.shape == (batch, length):
             return step.tensor
+        shape = (batch, self._columns + length)
+        if mask is not None and tuple(mask.shape) != shape:
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}; with {self._columns} columns in "
+                f"the cache and {length} in this forward it must be {shape}."
+            )
+        if length == 1 and self._room > 0 and step is not None and step.shape == (batch, 1):
+            for request in range(batch):
+                self.prefixes.append(request, 1)
+            self._room -= 1
+            step.advance()
+            return step.tensor
+        self._withdraw()
         if len(self.prefixes) == 0:
             self.prefixes.select(
                 [self.prefixes.insert(np.empty(0, np.int64)) for _ in range(batch)]
@@ -414,17 +433,34 @@ class PATCache(Cache):
                 "requests. Select or repeat them with batch_select_indices, "
                 "batch_repeat_interleave or reorder_cache, or call reset()."
             )
-        if length == 1 and step is not None and self._room > 0 and step.shape == (batch, 1):
-            for request in range(batch):
-                self.prefixes.append(request, 1)
-            self._room -= 1
-            step.advance()
-            return step.tensor
         real = np.ones((batch, length), bool)
-        if mask is not None and length > 1:
-            real = mask[:, -length:].cpu().numpy()
+        if mask is not None:
+            real = self._new_columns(mask.cpu().numpy(), length)
         self._step = self._plan_growth(real, device)
         return self._step.tensor
+
+    def _new_columns(self, mask: np.ndarray, length: int) -> np.ndarray:
+        """The last columns of a mask, bool [batch, length], once the others are as they were."""
+        batch, known = self._mask.shape
+        generated = np.ones((batch, self._columns - known), bool)
+        past = np.concatenate([self._mask, generated], 1)
+        if not np.array_equal(mask[:, : self._columns], past):
+            row, column = np.argwhere(mask[:, : self._columns] != past)[0].tolist()
+            raise ValueError(
+                f"attention_mask says {int(mask[row, column])} at request {row}, column {column}, "
+                "and said otherwise when that token was stored. Pass the mask of the prompts with "
+                "ones behind it, or start with an empty cache."
+            )
+        return mask[:, self._columns :]
+
+    def _withdraw(self) -> None:
+        """Takes back what was planned for a forward that stored nothing."""
+        step, self._step = self._step, None
+        if step is None or step.written or not step.columns:
+            return
+        for request in range(len(self.prefixes)):
+            grown = step.columns if step.real is None else int(step.real[request].sum())
+            self.prefixes.truncate(request, grown)
 
     def _plan_growth(self, real: np.ndarray, device: torch.device) -> Step:
         batch, length = real.shape

@@ -4,5 +4,6 @@ import os
 
 import torch
 
+torch.set_num_threads(1)  # the models are too small for more
 if device := os.environ.get("PAT_HF_DEVICE"):
     torch.set_default_device(device)

@@ -172,6 +172,40 @@ def test_pool_exhausted_while_generating():
     assert cache.get_seq_length() == length + 1
 
 
+def test_a_mask_that_changes_under_the_cache():
+    _, pat = pair("Llama")
+    cache = pat_hf.PATCache(pat)
+    inputs = batch(PROMPTS)
+    pat.generate(**inputs, past_key_values=cache, max_new_tokens=3)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(2, 3, dtype=torch.long)], 1)
+    tokens = torch.full((2, 2), 5)
+    with pytest.raises(ValueError, match="it must be .2, 7."):
+        pat(tokens[:, :1], attention_mask=mask[:, :-1], past_key_values=cache)
+    mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+    with pytest.raises(ValueError, match="says 1 at request 1, column 0"):
+        pat(tokens, attention_mask=mask * 0 + 1, past_key_values=cache)
+    pat(tokens, attention_mask=mask, past_key_values=cache)
+
+
+def test_a_forward_that_fails_leaves_the_cache_as_it_was():
+    stock, pat = pair("Llama")
+    inputs = batch(PROMPTS)
+    cache = pat_hf.PATCache(pat)
+    pat.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    hook = pat.model.layers[0].register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        pat(torch.full((2, 1), 5), past_key_values=cache)
+    hook.remove()
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert [cache.prefixes.length(r) for r in range(2)] == [5, 6]
+    ours = pat.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)
+    assert torch.equal(ours, stock.generate(**inputs, max_new_tokens=3, do_sample=False))
+
+
 @pytest.mark.parametrize("kwargs", [{"page_size": 20}, {"max_tokens": 3}, {"prefill_tokens": 0}])
 def test_arguments(kwargs):
     _, pat = pair("Llama")
