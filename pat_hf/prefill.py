@@ -186,7 +186,7 @@ def install() -> None:
 
         raise ImportError(
             f"pat_hf can't hook into generate() of transformers {transformers.__version__}; "
-            "pip install 'transformers>=5.17,<5.24'."
+            "pip install 'transformers>=5.16,<5.24'."
         )
     if getattr(stock, "_pat_hf", False):
         return
