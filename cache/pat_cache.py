@@ -305,8 +305,12 @@ class PATCache(Cache):
         self._withdraw()
         self._label()
         first = len(self.prefixes)
-        for ids, real in zip(input_ids, mask, strict=True):
-            self.prefixes.insert(ids[real])
+        try:
+            for ids, real in zip(input_ids, mask, strict=True):
+                self.prefixes.insert(ids[real])
+        except BaseException:
+            self.prefixes.select(range(first))  # a split found no pages
+            raise
         requests = range(first, len(self.prefixes))
         nodes = {node: None for request in requests for node in self.prefixes.path(request)}
         missing = [node for node in nodes if node.pages is None]
@@ -323,8 +327,12 @@ class PATCache(Cache):
         ahead = len(self.prefixes) * self.pool.pages(min(ahead, _AHEAD))
         if self.pool.limit is not None:
             ahead = min(ahead, self.pool.limit - pages)
-        self.pool.reserve(sum(self.pool.pages(node.length) for node in missing) + ahead)
-        self.pool.extend([(node, 0) for node in missing])
+        try:
+            self.pool.reserve(sum(self.pool.pages(node.length) for node in missing) + ahead)
+            self.pool.extend([(node, 0) for node in missing])
+        except BaseException:
+            self.clear()  # the device's own memory ran out; no request may be left without pages
+            raise
         self.prefilled += sum(node.length for node in missing)
         self.prompted += int(mask.sum())
         self._columns, self._mask = mask.shape[1], mask.copy()

@@ -187,6 +187,31 @@ def test_a_mask_that_changes_under_the_cache():
     pat(tokens, attention_mask=mask, past_key_values=cache)
 
 
+@pytest.mark.parametrize(
+    "prompts, left",
+    [([[9, 8, 7]], 0), (PROMPTS, 1)],
+    ids=["for new prompts", "for a split"],
+)
+def test_memory_that_runs_out_leaves_a_usable_cache(monkeypatch, prompts, left):
+    stock, pat = pair("Llama")
+    cache = pat_hf.PATCache(pat)
+    inputs = batch(prompts)
+    kwargs = {"max_new_tokens": 3, "do_sample": False}
+    pat.generate(**batch(PROMPTS[:1]), past_key_values=cache, **kwargs)
+
+    def fail(count):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.pool, "reserve", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            pat.generate(**inputs, past_key_values=cache, **kwargs)
+    assert len(cache.prefixes) == left
+    assert (cache.pool.used > 0) == (cache.get_seq_length() > 0) == (left > 0)
+    ours = pat.generate(**inputs, past_key_values=cache, **kwargs)
+    assert torch.equal(ours, stock.generate(**inputs, **kwargs))
+
+
 def test_a_forward_that_fails_leaves_the_cache_as_it_was():
     stock, pat = pair("Llama")
     inputs = batch(PROMPTS)
