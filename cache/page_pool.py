@@ -9,7 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from pat_hf.cache.memory import Memory
 from pat_hf.cache.prefix_tree import Node
+from pat_hf.kernels.ops import store
 
 SINK = 0  # the page that takes the writes of padding tokens; no plan reads it
 
@@ -35,9 +37,15 @@ class PagePool:
     Args:
         page_size: tokens in a page, a power of two from 16.
         max_tokens: limit of the pool, in tokens; `None` for the memory's own.
+        memory: where the tensors are made; a new one if `None`.
     """
 
-    def __init__(self, page_size: int = 32, max_tokens: int | None = None):
+    def __init__(
+        self,
+        page_size: int = 32,
+        max_tokens: int | None = None,
+        memory: Memory | None = None,
+    ):
         if page_size < 16 or page_size & (page_size - 1):
             raise ValueError(f"page_size={page_size}: it must be a power of two from 16.")
         if max_tokens is not None and max_tokens < page_size:
@@ -45,6 +53,7 @@ class PagePool:
         self.page_size = page_size
         self.limit = None if max_tokens is None else max_tokens // page_size
         self.layers: dict[int, Layer] = {}
+        self.memory = memory or Memory()
         self.references = np.ones(1, np.int32)  # the sink's
         self._free: list[int] = []
 
@@ -62,8 +71,19 @@ class PagePool:
         """Pages that a node of `tokens` tokens takes."""
         return -(-tokens // self.page_size)
 
+    def copy(self, memory: Memory | None = None) -> PagePool:
+        """A pool with the same pages, numbers and counts, in memory of its own."""
+        twin = PagePool(self.page_size, memory=memory)
+        twin.limit, twin._free = self.limit, list(self._free)
+        twin.references = self.references.copy()
+        for index, layer in self.layers.items():
+            twin.layers[index] = twin._layer(index, len(self.references), *layer)
+            for target, source in zip(twin.layers[index], layer, strict=True):
+                target.copy_(source)
+        return twin
+
     def reserve(self, count: int) -> None:
-        """Makes sure that `count` pages are free, enlarging the tensors once.
+        """Makes sure that `count` pages are free, enlarging every layer once.
 
         Raises:
             PoolExhausted: if the limit doesn't allow it.
@@ -78,7 +98,7 @@ class PagePool:
                 f"{count} more are needed."
             )
         for index, layer in self.layers.items():
-            self.layers[index] = Layer(*(_enlarged(tensor, size) for tensor in layer))
+            self.layers[index] = self._layer(index, size, *layer)
         # Last: should memory run out above, the pages are as many as they were.
         self._free[:0] = range(size - 1, len(self.references) - 1, -1)
         self.references = np.concatenate([self.references, np.zeros(missing, np.int32)])
@@ -147,8 +167,7 @@ class PagePool:
         """
         layer = self.layers.get(index)
         if layer is None:
-            size = len(self.references)
-            layer = Layer(*(_new_pages(size, self.page_size, x) for x in (keys, values)))
+            layer = self._layer(index, len(self.references), keys, values)
             self.layers[index] = layer
         for held, given in zip(layer, (keys, values), strict=True):
             if _kind(held) != _kind(given):
@@ -157,9 +176,13 @@ class PagePool:
                     f"given {_kind(given)}. A cache serves one model in one dtype: make a new "
                     "PATCache, or call reset() on this one."
                 )
-            tokens = given.detach().transpose(1, 2).flatten(0, 1)
-            held[pages, :, slots] = tokens
+        store(*layer, keys.detach(), values.detach(), pages, slots)
         return layer
+
+    def _layer(self, index: int, size: int, keys: torch.Tensor, values: torch.Tensor) -> Layer:
+        """`size` pages with the heads, dims, dtype and device of what is given."""
+        shapes = [(x.shape[1], self.page_size, x.shape[3]) for x in (keys, values)]
+        return Layer(*self.memory.resize(index, size, shapes, keys.dtype, keys.device))
 
     def split(self, node: Node, at: int) -> list[int] | None:
         """Takes the pages of the first `at` tokens off a node and returns them.
@@ -226,17 +249,3 @@ def _index(numbers: list[int] | np.ndarray, tensor: torch.Tensor) -> torch.Tenso
 
 def _kind(tensor: torch.Tensor) -> tuple[int, int, torch.dtype, torch.device]:
     return tensor.shape[1], tensor.shape[3], tensor.dtype, tensor.device
-
-
-def _new_pages(size: int, page_size: int, like: torch.Tensor) -> torch.Tensor:
-    _, heads, _, dim = like.shape
-    # A tensor made in inference mode could not be written outside of it.
-    with torch.inference_mode(False):
-        return torch.empty((size, heads, page_size, dim), dtype=like.dtype, device=like.device)
-
-
-def _enlarged(tensor: torch.Tensor, size: int) -> torch.Tensor:
-    with torch.inference_mode(False):
-        larger = tensor.new_empty((size, *tensor.shape[1:]))
-        larger[: len(tensor)] = tensor
-    return larger

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,55 +14,80 @@ from transformers import Cache, PretrainedConfig, PreTrainedModel
 from pat_hf.cache.page_pool import SINK, PagePool, PoolExhausted
 from pat_hf.cache.prefix_tree import Node, PrefixTree, Preorder
 from pat_hf.cache.report import Report, draw
+from pat_hf.graphs import MODES, Decoder, lease
 from pat_hf.kernels.ops import backend
 from pat_hf.kernels.plan import Heads, Machine, Nodes, Plan, make_plan
 
 _AHEAD = 512  # new tokens of a request that pages are reserved for; longer answers add to them
+_NEVER = np.iinfo(np.int64).max
 
 
 class Step:
     """What the layers need in one forward: the plan, and where the new tokens go.
 
+    Its tensors keep their addresses when another plan is loaded, so that graphs may hold them.
+
     Args:
-        plan: the plan of this forward's query rows.
         device: where the plan goes.
         batch, length: shape of the forward's input.
-        pages, slots: int64 [batch * length], where each token is stored.
-        columns: by how much the forward lengthens every request, padding included.
-        real: bool [batch, columns], padding `False`; `None` where there is none.
+        capacity: (C, W) of the plans to come.
     """
 
-    def __init__(
+    def __init__(self, device: torch.device, batch: int, length: int, capacity: tuple[int, int]):
+        self.tensor = torch.empty((1, 1, *capacity), dtype=torch.int32, device=device)
+        self.shape = (batch, length)
+        self._targets = {device: torch.empty((2, batch * length), dtype=torch.int64, device=device)}
+
+    def load(
         self,
         plan: Plan,
-        device: torch.device,
-        batch: int,
-        length: int,
         pages: np.ndarray,
         slots: np.ndarray,
         columns: int,
         real: np.ndarray | None = None,
-    ):
-        self.tensor = plan.tensor(device)
-        self.shape = (batch, length)
-        self.columns = columns
-        self.real = real
+        grown: dict[int, int] | None = None,
+    ) -> Step:
+        """Makes this the step of a plan.
+
+        Args:
+            plan: of the forward's query rows; fits the capacity.
+            pages, slots: int64 [batch * length], where each token is stored.
+            columns: by how much the forward lengthens every request, padding included.
+            real: bool [batch, columns], padding `False`; `None` where there is none.
+            grown: requests that the step lengthens, and by how many tokens.
+        """
+        self.columns, self.real, self.grown = columns, real, grown or {}
         self.written: set[int] = set()  # layers that have stored their K and V
-        self._targets = {torch.device("cpu"): (torch.from_numpy(pages), torch.from_numpy(slots))}
+        _upload(plan.tensor("cpu", tuple(self.tensor.shape[2:])), self.tensor)
+        for targets in self._targets.values():
+            _upload(torch.from_numpy(np.stack([pages, slots])), targets)
+        return self
+
+    def fits(self, plan: Plan) -> bool:
+        """Whether the plan fits the capacity."""
+        return all(
+            need <= have for need, have in zip(plan.shape, self.tensor.shape[2:], strict=True)
+        )
 
     def targets(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Pages and slots, on a layer's device."""
         if device not in self._targets:
-            pages, slots = next(iter(self._targets.values()))
-            self._targets[device] = (pages.to(device), slots.to(device))
-        return self._targets[device]
+            self._targets[device] = next(iter(self._targets.values())).to(device)
+        return tuple(self._targets[device])
 
     def advance(self) -> None:
         """Moves every request one token on, inside the pages that it has."""
         Plan.positions(self.tensor).add_(1)
-        for _, slots in self._targets.values():
-            slots.add_(1)
+        for targets in self._targets.values():
+            targets[1].add_(1)
         self.written.clear()
+
+
+def _upload(source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copies from the CPU; on a GPU without waiting for what is queued there."""
+    if target.is_cuda:
+        source = source.pin_memory()
+    target.copy_(source, non_blocking=True)
 
 
 class KVLength(int):
@@ -87,6 +112,9 @@ class PATCache(Cache):
         page_size: tokens in a page, a power of two from 16.
         max_tokens: limit of stored tokens, whole pages counted; `None` for the memory's own.
         prefill_tokens: prompt tokens that go through the model at a time.
+        decode: how `generate()` runs decode steps on a GPU: "captured" as a CUDA graph at once,
+            "compiled" by torch.compile before that (half a minute, once for each batch size),
+            "eager", or "auto": by the steps ahead. The report says what was chosen.
 
     Raises:
         TypeError: if `model` is not a Transformers model.
@@ -100,28 +128,36 @@ class PATCache(Cache):
         page_size: int = 32,
         max_tokens: int | None = None,
         prefill_tokens: int = 8192,
+        decode: str = "auto",
     ):
         if prefill_tokens < 1:
             raise ValueError(f"prefill_tokens={prefill_tokens}: at least one is needed.")
+        if decode not in MODES:
+            raise ValueError(f"decode={decode!r}: it must be one of {', '.join(MODES)}.")
         self.config = _supported_config(model)
         self.dtype = model.dtype
         self._model = weakref.ref(_unwrapped(model))
         self.heads = _heads(self.config, model.dtype)
         super().__init__(layers=[])
         self.prefill_tokens = prefill_tokens
-        self.pool = PagePool(page_size, max_tokens)
+        self.decode = decode
+        self._workspace = lease(self._model(), self)
+        self.pool = PagePool(page_size, max_tokens, self._workspace.memory)
         self.prefixes = PrefixTree(self.pool)
-        self._watch: weakref.finalize | None = None
+        self._decoder: Decoder | None = None
         self._clear()
 
     def _clear(self) -> None:
         self.prompted = 0  # prompt tokens given, padding left out
         self.prefilled = 0  # of these, tokens that went through the model
         self.fallback: str | None = None  # why prompts were computed request by request
+        self.decoding: str | None = None  # how the last `generate()` ran its decode steps
         self._columns = 0  # length as Transformers counts it, padding included
-        # [requests, columns]: which are tokens; columns beyond these all are
+        self._prompt_columns = 0
+        # [requests, columns]: which are tokens; columns beyond these are, up to a request's end
         self._mask = np.ones((0, 0), bool)
-        self._step: Step | None = None
+        self._ended = np.empty(0, np.int64)  # the column from which a request is finished
+        self.step: Step | None = None
         self._room = 0  # steps until an open leaf needs a page
         # ids of the tokens fed since the prompts, [requests, any] each; None where not told
         self._fed: list[torch.Tensor | None] = []
@@ -198,7 +234,7 @@ class PATCache(Cache):
             RuntimeError: if the forward was not announced by the "pat" mask function.
             ValueError: if heads, dims, dtype or device are not those of what is stored.
         """
-        step = self._step
+        step = self.step
         if step is None or layer_idx in step.written:
             raise RuntimeError(
                 "PATCache has no plan for this forward. It needs a model loaded with "
@@ -215,13 +251,20 @@ class PATCache(Cache):
             layer_idx, key_states, value_states, *step.targets(key_states.device)
         )
         if not step.written:
-            if step.real is not None:
-                known = self._columns - self._mask.shape[1]
-                generated = np.ones((len(self._mask), known), bool)
-                self._mask = np.concatenate([self._mask, generated, step.real], 1)
-            self._columns += step.columns
+            self._count(step)
         step.written.add(layer_idx)
         return layer.keys, layer.values
+
+    def _count(self, step: Step) -> None:
+        """Makes the tokens of a step, now stored, the cache's."""
+        if step.real is not None:
+            self._mask = np.concatenate([self._tokens(), step.real], 1)
+        self._columns += step.columns
+
+    def _tokens(self) -> np.ndarray:
+        """Which columns are tokens, bool [requests, columns]."""
+        later = np.arange(self._mask.shape[1], self._columns) < self._ended[:, None]
+        return np.concatenate([self._mask, later], 1)
 
     def clear(self) -> None:
         """Forgets all requests; the memory stays, for the next ones."""
@@ -230,9 +273,11 @@ class PATCache(Cache):
 
     def reset(self) -> None:
         """Forgets everything and gives the memory back."""
+        self._workspace.memory.release()
         self.pool = PagePool(
             self.pool.page_size,
             None if self.pool.limit is None else self.pool.limit * self.pool.page_size,
+            self._workspace.memory,
         )
         self.prefixes = PrefixTree(self.pool)
         self._clear()
@@ -250,14 +295,14 @@ class PATCache(Cache):
         if count == 0:
             return
         keep = max(0, self._columns - count)
-        mask = self._mask[:, :keep]
-        generated = self._columns - self._mask.shape[1]
-        for request in range(len(self.prefixes)):
-            tokens = min(generated, count) + int(self._mask[request, keep:].sum())
+        removed = self._tokens()[:, keep:].sum(1)
+        self._fed = [ids[:, : max(0, keep - self._prompt_columns)] for ids in self._fed_together()]
+        for request, tokens in enumerate(removed.tolist()):
             self.prefixes.truncate(request, tokens)
-        self._fed = [ids[:, : max(0, generated - count)] for ids in self._fed_together()]
-        self._columns, self._mask = keep, mask
-        self._step = None
+        self._columns, self._mask = keep, self._mask[:, :keep]
+        self._prompt_columns = min(self._prompt_columns, keep)
+        self._ended[self._ended > keep] = _NEVER
+        self.step = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Makes requests `beam_idx` the batch; shared pages are passed on by reference."""
@@ -274,17 +319,18 @@ class PATCache(Cache):
     def _select(self, indices: Sequence[int]) -> None:
         self._withdraw()
         self.prefixes.select(indices, self.pool.page_size)
-        self._mask = self._mask[list(indices)]
+        self._mask, self._ended = self._mask[list(indices)], self._ended[list(indices)]
         self._fed = [ids[list(indices)] for ids in self._fed_together()]
-        self._step = None
+        self.step = None
 
     def __deepcopy__(self, memo: dict) -> PATCache:
         twin = copy.copy(self)
-        twin.pool = copy.deepcopy(self.pool, memo)
+        twin._workspace = lease(self._model(), twin)
+        twin.pool = self.pool.copy(twin._workspace.memory)
         twin.prefixes = self.prefixes.copy(twin.pool)
-        twin._mask = self._mask.copy()
+        twin._mask, twin._ended = self._mask.copy(), self._ended.copy()
         twin._fed = list(self._fed)
-        twin._step = twin._watch = None
+        twin.step = twin._decoder = None
         return twin
 
     # What the forward asks
@@ -335,48 +381,85 @@ class PATCache(Cache):
             raise
         self.prefilled += sum(node.length for node in missing)
         self.prompted += int(mask.sum())
-        self._columns, self._mask = mask.shape[1], mask.copy()
+        self._columns = self._prompt_columns = mask.shape[1]
+        self._mask, self._ended = mask.copy(), np.full(len(mask), _NEVER)
         self._fed = []
-        self._step = None
+        self.step = None
         return missing
 
-    def watch(self, model: PreTrainedModel) -> None:
-        """Notes the ids that `model` is fed on this cache, until the cache goes away.
+    def arm(
+        self, model: PreTrainedModel, steps: int, compile: bool, stops: Sequence[int] = ()
+    ) -> None:
+        """Prepares for the decode steps of a `generate()`.
 
-        Only with their ids can generated tokens be shared with later prompts: neither `update`
-        nor the mask function is told them.
+        Args:
+            model: the model, as its steps are going to find it.
+            steps: how many there may be.
+            compile: whether they may be compiled without being asked for.
+            stops: ids after which what a request generates is of no use.
         """
-        if self._watch is not None:
+        self._decoder = Decoder(model, self.decode, steps, compile)
+        self._ahead, self._stops, self._searched = steps, stops, 0
+
+    def disarm(self) -> None:
+        """The `generate()` is over: forwards are the model's own again."""
+        if self._decoder is not None:
+            self.decoding = str(self._decoder)
+            self._decoder, self._stops = None, ()
+
+    def run(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """A forward of the model on this cache, by a graph where there is one for it.
+
+        Notes the ids it is fed: only with them can generated tokens be shared with later prompts,
+        and neither `update` nor the mask function is told them.
+        """
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if self.step is None or self.step.columns:
+            self._fed.append(ids)
+        decoder = self._decoder
+        if (
+            decoder is not None
+            and decoder.mode != "eager"
+            and not args
+            and ids is not None
+            and ids.shape == (len(self.prefixes), 1)
+            and kwargs.get("position_ids") is not None
+            and (mask is None or mask.ndim == 2)
+        ):
+            self.begin(*ids.shape, mask, ids.device)
+            out = decoder.step(self._workspace, forward, self, kwargs)
+            if out is not None:
+                self._count(self.step)
+                self.step.written.update(self.pool.layers)
+                return out
+        return forward(*args, **kwargs)
+
+    def _finish(self) -> None:
+        """Ends requests that were fed one of the ids to stop at: they get no more pages or work."""
+        fed = self._fed[self._searched : -1]
+        self._searched += len(fed)
+        if not len(self._stops) or not fed or any(ids is None for ids in fed):
             return
-        cache = weakref.ref(self)
-
-        def note(module: PreTrainedModel, args: tuple, kwargs: dict) -> None:
-            self = cache()
-            if self is None or kwargs.get("past_key_values") is not self:
-                return
-            if self._step is None or self._step.columns:
-                self._fed.append(kwargs.get("input_ids"))
-
-        hook = model.register_forward_pre_hook(note, with_kwargs=True)
-        self._watch = weakref.finalize(self, hook.remove)
+        done = np.isin(torch.cat(fed, 1).cpu().numpy(), self._stops).any(1)
+        self._ended[done] = np.minimum(self._ended[done], self._columns)
 
     def _fed_together(self) -> list[torch.Tensor]:
-        """What was fed as one tensor, or nothing if it is not all known."""
-        generated = self._columns - self._mask.shape[1]
+        """What was fed since the prompts as one tensor, or nothing if it is not all known."""
         known = [ids for ids in self._fed if ids is not None]
-        if not known or sum(ids.shape[1] for ids in known) != generated:
+        if not known or sum(ids.shape[1] for ids in known) != self._columns - self._prompt_columns:
             return []
         return [torch.cat(known, 1)]
 
     def _label(self) -> None:
         """Tells the tree the ids of what was generated."""
         for ids in self._fed_together():
-            for request, tokens in enumerate(ids.cpu().numpy()):
-                self.prefixes.label(request, tokens)
+            real = self._tokens()[:, self._prompt_columns :]
+            for request, row in enumerate(ids.cpu().numpy()):
+                self.prefixes.label(request, row[real[request]])
 
     def announce(self, step: Step | None) -> None:
         """Says what the next forward is; `None` withdraws it."""
-        self._step = step
+        self.step = step
 
     def check(self, model: PreTrainedModel) -> None:
         """Makes sure that this cache is for `model`.
@@ -414,7 +497,7 @@ class PATCache(Cache):
                 stored; its values are looked at when the plan is made anew.
             PoolExhausted: if there is no page for the new tokens; the cache is as before.
         """
-        step = self._step
+        step = self.step
         if step is not None and not step.written and step.shape == (batch, length):
             return step.tensor
         shape = (batch, self._columns + length)
@@ -424,7 +507,7 @@ class PATCache(Cache):
                 f"the cache and {length} in this forward it must be {shape}."
             )
         if length == 1 and self._room > 0 and step is not None and step.shape == (batch, 1):
-            for request in range(batch):
+            for request in step.grown:
                 self.prefixes.append(request, 1)
             self._room -= 1
             step.advance()
@@ -434,44 +517,46 @@ class PATCache(Cache):
             self.prefixes.select(
                 [self.prefixes.insert(np.empty(0, np.int64)) for _ in range(batch)]
             )
-            self._mask = np.ones((batch, 0), bool)
+            self._mask, self._ended = np.ones((batch, 0), bool), np.full(batch, _NEVER)
         if batch != len(self.prefixes):
             raise ValueError(
                 f"The forward has a batch of {batch} and the cache holds {len(self.prefixes)} "
                 "requests. Select or repeat them with batch_select_indices, "
                 "batch_repeat_interleave or reorder_cache, or call reset()."
             )
-        real = np.ones((batch, length), bool)
-        if mask is not None:
-            real = self._new_columns(mask.cpu().numpy(), length)
-        self._step = self._plan_growth(real, device)
-        return self._step.tensor
+        if self._decoder is not None:
+            self._finish()
+        mask = np.ones(shape, bool) if mask is None else mask.cpu().numpy().astype(bool)
+        self.step = self._plan_growth(self._new_columns(mask), device)
+        return self.step.tensor
 
-    def _new_columns(self, mask: np.ndarray, length: int) -> np.ndarray:
-        """The last columns of a mask, bool [batch, length], once the others are as they were."""
-        batch, known = self._mask.shape
-        generated = np.ones((batch, self._columns - known), bool)
-        past = np.concatenate([self._mask, generated], 1)
-        if not np.array_equal(mask[:, : self._columns], past):
-            row, column = np.argwhere(mask[:, : self._columns] != past)[0].tolist()
+    def _new_columns(self, mask: np.ndarray) -> np.ndarray:
+        """The new columns of a mask, bool [batch, length], once the others are as they were."""
+        past = self._tokens()
+        differs = mask[:, : self._columns] != past
+        if self._decoder is not None:  # `generate()` goes on feeding requests that have ended
+            differs &= np.arange(self._columns) < self._ended[:, None]
+        if differs.any():
+            row, column = np.argwhere(differs)[0].tolist()
             raise ValueError(
                 f"attention_mask says {int(mask[row, column])} at request {row}, column {column}, "
-                "and said otherwise when that token was stored. Pass the mask of the prompts with "
-                "ones behind it, or start with an empty cache."
+                "and said otherwise when that token was stored, or the request had ended there. "
+                "Pass the mask of the prompts with ones behind it, or start with an empty cache."
             )
         return mask[:, self._columns :]
 
     def _withdraw(self) -> None:
         """Takes back what was planned for a forward that stored nothing."""
-        step, self._step = self._step, None
+        step, self.step = self.step, None
         if step is None or step.written or not step.columns:
             return
-        for request in range(len(self.prefixes)):
-            grown = step.columns if step.real is None else int(step.real[request].sum())
+        for request, grown in step.grown.items():
             self.prefixes.truncate(request, grown)
 
     def _plan_growth(self, real: np.ndarray, device: torch.device) -> Step:
         batch, length = real.shape
+        padded, alive = not real.all(), self._ended > self._columns
+        real = real & alive[:, None]
         counts = real.sum(1)
         position = np.array([self.prefixes.length(r) for r in range(batch)])[:, None]
         position = position + np.cumsum(real, 1) - 1
@@ -490,7 +575,7 @@ class PATCache(Cache):
         node = np.full((batch, length), -1, np.int32)
         pages = np.full((batch, length), SINK)
         slots = np.zeros((batch, length), np.int64)
-        room = size
+        room = size - 1
         for request, leaf in leaves.items():
             row = real[request]
             inside = position[request, row] - leaf.start
@@ -499,17 +584,28 @@ class PATCache(Cache):
             slots[request, row] = inside % size
             room = min(room, len(leaf.pages) * size - leaf.length)
         # A pad has no leaf to advance; the next step plans anew.
-        self._room = room if length == 1 and len(leaves) == batch else 0
+        self._room = room if length == 1 and len(leaves) == alive.sum() else 0
         plan = self.plan(order, node.ravel(), position.ravel(), device)
-        return Step(
+        step = None
+        if length == 1:
+            step = self._workspace.steps.get((device, batch))
+        if step is None or not step.fits(plan):
+            capacity = plan.shape
+            if length == 1 and self._decoder is not None and self._decoder.mode != "eager":
+                # As large as it gets in this call, and a bit for forks and other prompts.
+                more = self.pool.pages(self._ahead)
+                last = self.plan(order, node.ravel(), position.ravel(), device, more=more).shape
+                capacity = tuple(max(a, b) * 5 // 4 for a, b in zip(plan.shape, last, strict=True))
+            step = Step(device, batch, length, capacity)
+            if length == 1:
+                self._workspace.steps[device, batch] = step
+        return step.load(
             plan,
-            device,
-            batch,
-            length,
             pages.ravel(),
             slots.ravel(),
             columns=length,
-            real=None if real.all() else real,
+            real=real if padded else None,
+            grown={request: int(counts[request]) for request in leaves},
         )
 
     def plan(
@@ -519,6 +615,7 @@ class PATCache(Cache):
         position: np.ndarray,
         device: torch.device,
         ahead: int | None = None,
+        more: int = 0,
     ) -> Plan:
         """Plans query rows over the tree.
 
@@ -528,9 +625,10 @@ class PATCache(Cache):
             position: int [rows].
             device: what the plan is for.
             ahead: by how much the positions will be advanced; `None`: to the ends of the nodes.
+            more: pages that open leaves are to be planned with beyond their own.
         """
         size = self.pool.page_size
-        counts = [len(n.pages) for n in order.nodes]
+        counts = [len(n.pages) + more * n.open for n in order.nodes]
         # An open leaf may be read to the end of its pages: positions bound what is there.
         length = [
             count * size if n.open else n.length
@@ -542,7 +640,10 @@ class PATCache(Cache):
             order.start,
             np.array(length, np.int32),
             np.concatenate([[0], np.cumsum(counts)]).astype(np.int32),
-            np.array([page for n in order.nodes for page in n.pages], np.int32),
+            np.array(
+                [page for n in order.nodes for page in (*n.pages, *[SINK] * (more * n.open))],
+                np.int32,
+            ),
         )
         return make_plan(nodes, node, position, self.heads, size, Machine.of(device), ahead)
 
@@ -579,6 +680,7 @@ class PATCache(Cache):
             prompt_tokens=self.prompted,
             prefilled_tokens=self.prefilled,
             backend=backend(self.device),
+            decoding=self.decoding,
             fallback=self.fallback,
         )
 

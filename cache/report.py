@@ -22,6 +22,7 @@ class Report:
         prompt_tokens, prefilled_tokens: prompt tokens given since the last reset, and those that
             went through the model.
         backend: what computes attention.
+        decoding: how the last `generate()` ran its decode steps; `None` if there was none.
         fallback: why prompts were not shared, if they were not.
     """
 
@@ -35,6 +36,7 @@ class Report:
     prompt_tokens: int
     prefilled_tokens: int
     backend: str
+    decoding: str | None
     fallback: str | None
 
     @property
@@ -67,6 +69,8 @@ class Report:
             ("read per step", _saving(self.bytes_read, dense, _bytes)),
             ("backend", self.backend),
         ]
+        if self.decoding:
+            rows.append(("decode steps", self.decoding))
         if self.fallback:
             rows.append(("not shared", self.fallback))
         return "\n".join(f"{name:<14} {text}" for name, text in rows)

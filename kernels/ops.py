@@ -1,4 +1,5 @@
-"""The custom op `pat_hf::attention`: opaque to torch.compile, the same on every device."""
+"""The custom ops `pat_hf::attention` and `pat_hf::store`: opaque to torch.compile, the same on
+every device."""
 
 from __future__ import annotations
 
@@ -68,6 +69,26 @@ def attention(
     return _attention(q, k_pages, v_pages, plan_tensor, sinks, scale, window, softcap)
 
 
+def store(
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    """Writes new K and V into their pages.
+
+    Args:
+        k_pages: [pages, KV heads, page size, key dim], contiguous within a page.
+        v_pages: [pages, KV heads, page size, value dim], likewise.
+        k: [B, KV heads, T, key dim], in the dtype of the pages.
+        v: [B, KV heads, T, value dim], likewise.
+        pages, slots: int64 [B * T], where token b * T + t goes.
+    """
+    _store(k_pages, v_pages, k, v, pages, slots)
+
+
 def backend(device: torch.device | str) -> str:
     """What computes attention on a device: "triton" or "torch"."""
     return "triton" if torch.device(device).type == "cuda" and _has_triton() else "torch"
@@ -108,6 +129,36 @@ def _(
 ) -> torch.Tensor:
     batch, heads, length, _ = q.shape
     return q.new_empty(batch, length, heads, v_pages.shape[-1])
+
+
+@torch.library.custom_op("pat_hf::store", mutates_args=("k_pages", "v_pages"))
+def _store(
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    if backend(k.device) == "triton":
+        from pat_hf.kernels import store
+
+        store.store(k_pages, v_pages, k, v, pages, slots)
+        return
+    for held, new in ((k_pages, k), (v_pages, v)):
+        held[pages, :, slots] = new.transpose(1, 2).flatten(0, 1)
+
+
+@_store.register_fake
+def _(
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    return None
 
 
 @functools.cache

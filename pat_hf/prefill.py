@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -88,7 +92,8 @@ def prefill(
             part = slice(first, min(first + chunk, rows))
             count = part.stop - first
             plan = cache.plan(order, node[part], position[part], device, ahead=0)
-            cache.announce(Step(plan, device, 1, count, page[part], slot[part], columns=0))
+            step = Step(device, 1, count, plan.shape)
+            cache.announce(step.load(plan, page[part], slot[part], columns=0))
             wanted = ends[(ends >= first) & (ends < part.stop)] - first
             logits.append(_logits(model, cache, token[part], position[part], wanted, device))
     except BaseException:
@@ -203,7 +208,9 @@ def install() -> None:
         if not isinstance(cache, PATCache):
             return stock(self, input_ids, generation_config, model_kwargs, is_first_iteration)
         cache.check(self)
-        cache.watch(self)
+        steps = max(0, generation_config.max_length - input_ids.shape[1] - 1)
+        compile = not generation_config.disable_compile
+        cache.arm(self, steps, compile, _stops(generation_config))
         reason = _unshareable(input_ids, model_kwargs)
         if reason is not None:
             cache.fallback = reason
@@ -215,11 +222,69 @@ def install() -> None:
             input_ids,
             model_kwargs.get("attention_mask"),
             generation_config.prefill_chunk_size,
-            max(0, generation_config.max_length - input_ids.shape[1]),
+            steps,
         )
+
+    generate = GenerationMixin.generate
+
+    @functools.wraps(generate)
+    def served(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, PATCache):
+            return generate(self, *args, **kwargs)
+        try:
+            with serving(self):
+                return generate(self, *args, **kwargs)
+        finally:
+            cache.disarm()
 
     _prefill._pat_hf = True
     GenerationMixin._prefill = _prefill
+    GenerationMixin.generate = served
+
+
+def _stops(config: GenerationConfig) -> Sequence[int]:
+    """Ids after which `generate()` makes nothing more of a request, unless its scores are kept."""
+    stop = config._eos_token_tensor
+    plain = config.num_beams == 1 and not (config.output_scores or config.output_logits)
+    return stop.tolist() if plain and stop is not None else ()
+
+
+_served: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+@contextmanager
+def serving(model: PreTrainedModel) -> Iterator[None]:
+    """For its length, forwards of `model` on a PATCache go through the cache's `run`.
+
+    Blocks may overlap, in several threads; the model is as before when the last one ends.
+    """
+    with _lock:
+        if not _served.get(model):
+            forward = model.forward
+
+            @functools.wraps(forward)
+            def switch(*args: Any, **kwargs: Any) -> Any:
+                cache = kwargs.get("past_key_values")
+                if isinstance(cache, PATCache):
+                    return cache.run(forward, args, kwargs)
+                return forward(*args, **kwargs)
+
+            # Accelerate, for one, may have given the model a forward of its own.
+            switch.own = vars(model).get("forward")
+            model.forward = switch
+        _served[model] = _served.get(model, 0) + 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _served[model] -= 1
+            if not _served[model]:
+                own = model.forward.own
+                del model.forward
+                if own is not None:
+                    model.forward = own
 
 
 def _unshareable(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> str | None:

@@ -1,13 +1,14 @@
 """generate() on a PATCache against stock Transformers: sdpa with DynamicCache, in float32."""
 
 import copy
+import functools
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteria
 
 import pat_hf
 from pat_hf.cache.page_pool import SINK
@@ -225,15 +226,110 @@ def test_a_second_turn_of_other_rows(mode):
     assert cache.prompted - cache.prefilled > sum(map(len, BATCHES["ragged"]))
 
 
-def test_the_hook_that_notes_ids_goes_with_the_cache():
+def test_the_models_forward_is_replaced_only_during_generate():
     _, pat = pair("Llama")
-    hooks = len(pat._forward_pre_hooks)
+    inputs, forward = batch(BATCHES["one"]), pat.forward
+    seen = []
+
+    class Look(StoppingCriteria):
+        def __call__(self, ids, scores, **kwargs):
+            seen.append("forward" in vars(pat))
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
     cache = pat_hf.PATCache(pat)
-    generate(pat, batch(BATCHES["one"]), cache, max_new_tokens=3)
-    generate(pat, batch(BATCHES["one"]), cache, max_new_tokens=3)
-    assert len(pat._forward_pre_hooks) == hooks + 1
-    del cache
-    assert len(pat._forward_pre_hooks) == hooks
+    generate(pat, inputs, cache, max_new_tokens=3, stopping_criteria=[Look()])
+    assert seen == [True] * 3
+    assert "forward" not in vars(pat) and pat.forward == forward
+    with pytest.raises(ValueError, match="attn_implementation"):
+        generate(pat, inputs, cache, max_new_tokens=3, output_attentions=True)
+    assert "forward" not in vars(pat)
+
+
+def test_a_forward_that_was_replaced_before_is_there_again():
+    stock, pat = pair("Llama")
+    pat = copy.deepcopy(pat)
+    calls, forward = [], pat.forward
+
+    def own(*args, **kwargs):
+        calls.append(kwargs)
+        return forward(*args, **kwargs)
+
+    pat.forward = functools.wraps(forward)(own)
+    inputs = batch(BATCHES["ragged"])
+    ours = generate(pat, inputs, pat_hf.PATCache(pat, decode="eager"), do_sample=False)
+    assert torch.equal(ours, generate(stock, inputs, do_sample=False))
+    assert pat.forward.__wrapped__ == forward and len(calls) == 40
+
+
+def finishing(stock, inputs):
+    """An id that some requests of a batch generate early and others late or never."""
+    out = generate(stock, inputs, do_sample=False, max_new_tokens=90)
+    out = out[:, inputs["input_ids"].shape[1] :]
+    firsts = {
+        token: [row.index(token) if token in row else 90 for row in out.tolist()]
+        for token in out.unique().tolist()
+    }
+    return max(firsts, key=lambda token: max(firsts[token]) - min(firsts[token]))
+
+
+@pytest.mark.parametrize("mode", ["greedy", "sample", "samples-3"])
+def test_finished_requests_take_no_more_pages_or_plans(mode):
+    stock, pat = pair("Llama")
+    inputs = batch(BATCHES["ragged"])
+    stop = finishing(stock, inputs)
+    kwargs = MODES[mode] | {"eos_token_id": stop, "pad_token_id": 1, "max_new_tokens": 90}
+    cache = pat_hf.PATCache(pat, page_size=16)
+    ours = generate(pat, inputs, cache, **kwargs)
+    assert torch.equal(ours, generate(stock, inputs, **kwargs))
+    new = ours[:, inputs["input_ids"].shape[1] :]
+    for request, row in enumerate(new.tolist()):
+        generated = row.index(stop) + 1 if stop in row else len(row)
+        leaf = cache.prefixes.path(request)[-1]
+        # Told by the end of the page that follows the one it finished in.
+        assert leaf.length <= generated + 2 * 16
+    assert len({cache.prefixes.length(r) for r in range(len(new))}) > 1
+
+
+def test_answers_that_ended_at_different_steps_are_shared_with_the_next_turn():
+    stock, pat = pair("Llama")
+    inputs = batch(BATCHES["ragged"])
+    kwargs = {"do_sample": False, "pad_token_id": 1, "eos_token_id": finishing(stock, inputs)}
+    cache = pat_hf.PATCache(pat, page_size=16)
+    length = inputs["input_ids"].shape[1]
+    out = generate(pat, inputs, cache, max_new_tokens=90, **kwargs)
+    turns = []
+    for i, row in enumerate(out.tolist()):
+        answer = row[length:]
+        if kwargs["eos_token_id"] in answer:
+            answer = answer[: answer.index(kwargs["eos_token_id"]) + 1]
+        turns.append(BATCHES["ragged"][i] + answer + text(5, i))
+    before = cache.prefilled
+    both = batch(turns)
+    ours = generate(pat, both, cache, do_sample=False)
+    assert torch.equal(ours, generate(stock, both, do_sample=False))
+    assert cache.prefilled - before <= 4 * (5 + 1)
+
+
+def test_scores_of_finished_requests_are_stocks():
+    stock, pat = pair("Llama")
+    inputs = batch(BATCHES["ragged"])
+    kwargs = {"do_sample": False, "pad_token_id": 1, "eos_token_id": finishing(stock, inputs)}
+    kwargs |= {"max_new_tokens": 60, "output_logits": True, "return_dict_in_generate": True}
+    ours = generate(pat, inputs, pat_hf.PATCache(pat, page_size=16), **kwargs)
+    theirs = generate(stock, inputs, **kwargs)
+    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits))
+
+
+def test_a_finished_request_is_not_continued_unnoticed():
+    stock, pat = pair("Llama")
+    inputs = batch(BATCHES["ragged"])
+    kwargs = {"do_sample": False, "pad_token_id": 1, "eos_token_id": finishing(stock, inputs)}
+    cache = pat_hf.PATCache(pat, page_size=16)
+    out = generate(pat, inputs, cache, max_new_tokens=90, **kwargs)
+    mask = torch.ones((len(out), out.shape[1] + 2), dtype=torch.long, device=out.device)
+    mask[:, : inputs["input_ids"].shape[1]] = inputs["attention_mask"]
+    with pytest.raises(ValueError, match="had ended"):
+        pat(out[:, -3:], attention_mask=mask, past_key_values=cache)
 
 
 def test_second_turn_with_padding_behind_the_first_answers():

@@ -1,0 +1,259 @@
+"""Decode steps as CUDA graphs: captured once, replayed by the caches of the model that follow."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Cache, PreTrainedModel
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import logging
+
+from pat_hf.cache.memory import Memory
+from pat_hf.kernels.ops import store
+
+if TYPE_CHECKING:
+    from pat_hf.cache.pat_cache import PATCache, Step
+
+logger = logging.get_logger(__name__)
+
+Forward = Callable[..., ModelOutput]
+MODES = ("auto", "eager", "captured", "compiled")
+# Steps that win back what a mode costs to begin with: about 0.1 s, and half a minute.
+_CAPTURE, _COMPILE = 4, 8192
+_INPUTS = {"input_ids", "position_ids", "attention_mask", "past_key_values"}
+
+
+class Pages(Cache):
+    """A PATCache as a captured forward sees it: tensors at fixed addresses, nothing to count.
+
+    Args:
+        layers: by number, a layer's pages of K and of V.
+        step: says where the new tokens go.
+    """
+
+    is_compileable = True
+    is_initialized = True
+
+    def __init__(self, layers: dict[int, tuple[torch.Tensor, torch.Tensor]], step: Step):
+        super().__init__(layers=[])
+        self.places = {i: (*layer, *step.targets(layer[0].device)) for i, layer in layers.items()}
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * (max(self.places) + 1)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0  # positions are given
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values, pages, slots = self.places[layer_idx]
+        store(keys, values, key_states.to(keys.dtype), value_states.to(values.dtype), pages, slots)
+        return keys, values
+
+
+class Workspace:
+    """What one cache at a time has of a model's device, kept for the next one.
+
+    Attributes:
+        memory: where pages lie; empty while no cache holds the workspace.
+        steps: by batch, the buffers that decode steps are planned in.
+        graphs: captured decode steps, by all that they depend on.
+    """
+
+    def __init__(self) -> None:
+        self.memory = Memory()
+        self.steps: dict[Hashable, Step] = {}
+        self.graphs: dict[Hashable, Graph] = {}
+
+
+_free: weakref.WeakKeyDictionary[PreTrainedModel, list[Workspace]] = weakref.WeakKeyDictionary()
+_lock = threading.RLock()
+
+
+def lease(model: PreTrainedModel, holder: object) -> Workspace:
+    """A workspace of `model` for as long as `holder` lives; its memory is given back then."""
+    with _lock:
+        free = _free.setdefault(model, [])
+        workspace = free.pop() if free else Workspace()
+
+    def give_back() -> None:
+        workspace.memory.release()
+        with _lock:
+            free.append(workspace)
+
+    weakref.finalize(holder, give_back).atexit = False
+    return workspace
+
+
+class Graph:
+    """A decode step of a batch, captured.
+
+    Args:
+        forward: the model's, as it is or compiled.
+        cache: its pages, and the plan and targets of its step, are captured by address.
+        inputs: of the step; `input_ids` and `position_ids` are given anew with every replay.
+    """
+
+    def __init__(
+        self, forward: Callable[..., ModelOutput], cache: PATCache, inputs: dict[str, Any]
+    ):
+        self._given = {name: inputs[name].clone() for name in ("input_ids", "position_ids")}
+        device = inputs["input_ids"].device
+        step, current = cache.step, torch.cuda.current_stream(device)
+        held = Pages(cache.pool.layers, step)
+        inputs = inputs | self._given | {"attention_mask": step.tensor, "past_key_values": held}
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            # Compiles kernels; what it stores, the first replay stores again.
+            out = forward(**inputs)
+        others = [k for k, x in out.items() if not torch.is_tensor(x) and x is not held]
+        if others:
+            raise TypeError(f"its output has {', '.join(others)}")
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            self._out = forward(**inputs)
+        current.wait_stream(stream)
+
+    def __call__(self, inputs: dict[str, Any]) -> ModelOutput:
+        for name, held in self._given.items():
+            held.copy_(inputs[name])
+        self._graph.replay()
+        # The next replay overwrites what this one returns.
+        out = {k: x.clone() if torch.is_tensor(x) else x for k, x in self._out.items()}
+        return type(self._out)(**out | {"past_key_values": inputs["past_key_values"]})
+
+
+class Decoder:
+    """How the decode steps of a `generate()` are run.
+
+    Args:
+        model: at rest: what its graphs depend on is looked up here, once a call.
+        mode: of `MODES`.
+        steps: how many there may be.
+        compile: whether "auto" may compile.
+
+    Attributes:
+        mode: "eager", "captured" or "compiled".
+        reason: why, for people.
+    """
+
+    def __init__(self, model: PreTrainedModel, mode: str, steps: int, compile: bool = True):
+        self._state = _state(model)
+        if mode == "eager":
+            self.mode, self.reason = mode, "as asked for"
+        elif obstacle := _obstacle(model):
+            self.mode, self.reason = "eager", obstacle
+            if mode != "auto":
+                logger.warning_once(f"pat_hf decodes without CUDA graphs: {obstacle}.")
+        elif mode == "auto" and steps < _CAPTURE:
+            self.mode, self.reason = "eager", f"{steps} steps don't pay for a capture"
+        elif mode == "auto":
+            self.mode = "compiled" if compile and steps >= _COMPILE else "captured"
+            self.reason = f"up to {steps:,} steps"
+        else:
+            self.mode, self.reason = mode, "as asked for"
+
+    def __str__(self) -> str:
+        what = {"captured": "CUDA graph", "compiled": "compiled, CUDA graph"}
+        return f"{what.get(self.mode, self.mode)} ({self.reason})"
+
+    def step(
+        self,
+        workspace: Workspace,
+        forward: Callable[..., ModelOutput],
+        cache: PATCache,
+        inputs: dict,
+    ) -> ModelOutput | None:
+        """The step's output; `None` if it can't be captured."""
+        constants = {name: x for name, x in inputs.items() if name not in _INPUTS and x is not None}
+        if not all(isinstance(x, (bool, int, float, str)) for x in constants.values()):
+            return None
+        key = (
+            self.mode,
+            self._state,
+            inputs["input_ids"].shape,
+            inputs["position_ids"].shape,
+            tuple(sorted(constants.items())),
+            cache.dtype,
+            cache.pool.page_size,
+            cache.pool.memory.moves,
+            cache.step.tensor.data_ptr(),
+        )
+        graph = workspace.graphs.get(key)
+        if graph is None:
+            # One for a batch: what an older one was captured for is over.
+            workspace.graphs = {k: g for k, g in workspace.graphs.items() if k[2] != key[2]}
+            try:
+                whole = _compiled(forward) if self.mode == "compiled" else forward
+                graph = workspace.graphs[key] = Graph(whole, cache, inputs)
+            except Exception as error:
+                cause = f"{type(error).__name__}: {error}".split("\n")[0]
+                logger.warning_once(
+                    f"pat_hf decodes without CUDA graphs; capturing failed: {cause}"
+                )
+                self.mode, self.reason = "eager", f"capturing failed: {cause}"
+                return None
+        return graph(inputs)
+
+
+def _obstacle(model: PreTrainedModel) -> str | None:
+    """Why steps of `model` can't be captured, if so."""
+    if model.device.type != "cuda":
+        return f"the model is on {model.device.type}"
+    if len(set(getattr(model, "hf_device_map", {}).values())) > 1:
+        return "its layers are on several devices"
+    if torch.is_autocast_enabled("cuda"):
+        return "autocast is on"
+    for name, module in model.named_modules():
+        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+            # Transformers' own note hidden states, where asked for.
+            if getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
+                return f"{name or 'the model'} has forward hooks, which a replay would not run"
+    return None
+
+
+def _state(model: PreTrainedModel) -> Hashable:
+    """What a captured step takes for granted: where weights lie, and how modules are switched."""
+    tensors = [x.data_ptr() for x in (*model.parameters(), *model.buffers())]
+    switches = [
+        (
+            module.training,
+            str(getattr(module, "active_adapters", "")),
+            getattr(module, "merged", ""),
+        )
+        for module in model.modules()
+        if module.training or hasattr(module, "active_adapters")
+    ]
+    return hash((tuple(tensors), str(switches), str(model.get_experts_implementation())))
+
+
+def _compiled(forward: Forward) -> Forward:
+    """A model's forward through torch.compile: one graph for each batch, for any memory."""
+    if not inspect.ismethod(forward):
+        raise TypeError("its forward has been replaced and can't be compiled whole")
+
+    def call(**inputs: Any) -> ModelOutput:
+        dynamic = torch._dynamo.maybe_mark_dynamic
+        for keys, values, *_ in inputs["past_key_values"].places.values():
+            dynamic(keys, 0)
+            dynamic(values, 0)
+        dynamic(inputs["attention_mask"], [2, 3])
+        # Every batch of every model counts.
+        with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
+            return _compiled_forward(forward.__self__, inputs)
+
+    return call
+
+
+@functools.partial(torch.compile, fullgraph=True, dynamic=False)
+def _compiled_forward(model: PreTrainedModel, inputs: dict[str, Any]) -> ModelOutput:
+    return type(model).forward(model, **inputs)
