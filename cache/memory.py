@@ -21,10 +21,12 @@ class Memory:
 
     Attributes:
         moves: how often pages have changed their address.
+        layers: by number, the shapes, dtype and device that it was last resized with.
     """
 
     def __init__(self) -> None:
         self.moves = 0
+        self.layers: dict[int, tuple[Sequence[tuple[int, ...]], torch.dtype, torch.device]] = {}
         self._spans: dict[int, _Span] = {}
         self._parts: dict[int, list[torch.Tensor]] = {}  # where no driver maps memory
 
@@ -55,6 +57,7 @@ class Memory:
         Raises:
             torch.OutOfMemoryError: if the device has not as much; what it holds is as before.
         """
+        self.layers[index] = shapes, dtype, device
         # A tensor made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             if device.type == "cuda" and _driver(device) is not None:

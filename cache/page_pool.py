@@ -184,6 +184,12 @@ class PagePool:
         shapes = [(x.shape[1], self.page_size, x.shape[3]) for x in (keys, values)]
         return Layer(*self.memory.resize(index, size, shapes, keys.dtype, keys.device))
 
+    def restore(self) -> None:
+        """Makes the layers that the pool's memory had before."""
+        for index, layout in self.memory.layers.items():
+            parts = self.memory.resize(index, len(self.references), *layout)
+            self.layers[index] = Layer(*parts)
+
     def split(self, node: Node, at: int) -> list[int] | None:
         """Takes the pages of the first `at` tokens off a node and returns them.
 

@@ -289,11 +289,13 @@ class PATCache(Cache):
             tokens_to_remove: minus the number of tokens, or, as Transformers still allows, the
                 length to keep if it is positive. Padding counts.
         """
-        self._withdraw()
         count = int(tokens_to_remove)
         count = -count if count <= 0 else max(0, self._columns - count)
+        if self._decoder is not None and self._decoder.deferred:
+            self._decoder.end_step(undone=count > 0)
         if count == 0:
             return
+        self._withdraw()
         keep = max(0, self._columns - count)
         removed = self._tokens()[:, keep:].sum(1)
         self._fed = [ids[:, : max(0, keep - self._prompt_columns)] for ids in self._fed_together()]
@@ -399,7 +401,19 @@ class PATCache(Cache):
             stops: ids after which what a request generates is of no use.
         """
         self._decoder = Decoder(model, self.decode, steps, compile)
+        if not self.pool.layers:
+            self._decoder.prepare(self._workspace, self.pool)
         self._ahead, self._stops, self._searched = steps, stops, 0
+
+    def defer_stops(self) -> bool:
+        """Whether `generate()` is to see a step late that all requests are finished.
+
+        It calls `crop(0)` after each of its steps then, and `crop(-1)` after one too many.
+        """
+        if self._decoder is None or self._decoder.mode == "eager":
+            return False
+        self._decoder.deferred = True
+        return True
 
     def disarm(self) -> None:
         """The `generate()` is over: forwards are the model's own again."""
@@ -416,7 +430,10 @@ class PATCache(Cache):
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if self.step is None or self.step.columns:
             self._fed.append(ids)
-        decoder = self._decoder
+        decoder, step = self._decoder, self.step
+        if decoder is not None and step is not None and not step.columns:
+            out = decoder.prefill(forward, self, kwargs)
+            return forward(*args, **kwargs) if out is None else out
         if (
             decoder is not None
             and decoder.mode != "eager"
@@ -436,7 +453,7 @@ class PATCache(Cache):
 
     def _finish(self) -> None:
         """Ends requests that were fed one of the ids to stop at: they get no more pages or work."""
-        fed = self._fed[self._searched : -1]
+        fed = self._fed[self._searched :]
         self._searched += len(fed)
         if not len(self._stops) or not fed or any(ids is None for ids in fed):
             return

@@ -18,6 +18,7 @@ from pat_hf.cache.memory import Memory
 from pat_hf.kernels.ops import store
 
 if TYPE_CHECKING:
+    from pat_hf.cache.page_pool import PagePool
     from pat_hf.cache.pat_cache import PATCache, Step
 
 logger = logging.get_logger(__name__)
@@ -26,6 +27,7 @@ Forward = Callable[..., ModelOutput]
 MODES = ("auto", "eager", "captured", "compiled")
 # Steps that win back what a mode costs to begin with: about 0.1 s, and half a minute.
 _CAPTURE, _COMPILE = 4, 8192
+_PACKED = 16  # tokens from which on a packed forward is compiled: few ones would be a case apart
 _INPUTS = {"input_ids", "position_ids", "attention_mask", "past_key_values"}
 
 
@@ -64,12 +66,14 @@ class Workspace:
 
     Attributes:
         memory: where pages lie; empty while no cache holds the workspace.
+        state: of the model, when the memory was last used.
         steps: by batch, the buffers that decode steps are planned in.
         graphs: captured decode steps, by all that they depend on.
     """
 
     def __init__(self) -> None:
         self.memory = Memory()
+        self.state: Hashable = None
         self.steps: dict[Hashable, Step] = {}
         self.graphs: dict[Hashable, Graph] = {}
 
@@ -102,9 +106,7 @@ class Graph:
         inputs: of the step; `input_ids` and `position_ids` are given anew with every replay.
     """
 
-    def __init__(
-        self, forward: Callable[..., ModelOutput], cache: PATCache, inputs: dict[str, Any]
-    ):
+    def __init__(self, forward: Forward, cache: PATCache, inputs: dict[str, Any]):
         self._given = {name: inputs[name].clone() for name in ("input_ids", "position_ids")}
         device = inputs["input_ids"].device
         step, current = cache.step, torch.cuda.current_stream(device)
@@ -144,10 +146,12 @@ class Decoder:
     Attributes:
         mode: "eager", "captured" or "compiled".
         reason: why, for people.
+        deferred: whether stops are seen a step late.
     """
 
     def __init__(self, model: PreTrainedModel, mode: str, steps: int, compile: bool = True):
-        self._state = _state(model)
+        self._state, self._device = _state(model), model.device
+        self.deferred = False
         if mode == "eager":
             self.mode, self.reason = mode, "as asked for"
         elif obstacle := _obstacle(model):
@@ -162,16 +166,40 @@ class Decoder:
         else:
             self.mode, self.reason = mode, "as asked for"
 
+    def end_step(self, undone: bool) -> None:
+        """Keeps the random numbers as they would be without the step that a late stop undoes."""
+        generator = torch.cuda.default_generators[self._device.index]
+        if undone:
+            generator.set_offset(self._offset)
+        self._offset = generator.get_offset()
+
     def __str__(self) -> str:
         what = {"captured": "CUDA graph", "compiled": "compiled, CUDA graph"}
         return f"{what.get(self.mode, self.mode)} ({self.reason})"
 
+    def prepare(self, workspace: Workspace, pool: PagePool) -> None:
+        """Gives a pool the layers that its workspace had in the last call, if they are the same."""
+        if self.mode == "compiled" and workspace.state == self._state:
+            pool.restore()
+        workspace.state = self._state
+
+    def prefill(
+        self, forward: Forward, cache: PATCache, inputs: dict[str, Any]
+    ) -> ModelOutput | None:
+        """A packed forward, compiled; `None` if it isn't to be, or where layers don't exist yet."""
+        few = inputs["input_ids"].shape[1] < _PACKED
+        if self.mode != "compiled" or few or len(cache.pool.layers) < len(cache):
+            return None
+        held = Pages(cache.pool.layers, cache.step)
+        inputs = inputs | {"attention_mask": cache.step.tensor, "past_key_values": held}
+        try:
+            return _compiled(forward)(**inputs)
+        except Exception as error:
+            self._give_up(error)
+            return None
+
     def step(
-        self,
-        workspace: Workspace,
-        forward: Callable[..., ModelOutput],
-        cache: PATCache,
-        inputs: dict,
+        self, workspace: Workspace, forward: Forward, cache: PATCache, inputs: dict[str, Any]
     ) -> ModelOutput | None:
         """The step's output; `None` if it can't be captured."""
         constants = {name: x for name, x in inputs.items() if name not in _INPUTS and x is not None}
@@ -196,13 +224,14 @@ class Decoder:
                 whole = _compiled(forward) if self.mode == "compiled" else forward
                 graph = workspace.graphs[key] = Graph(whole, cache, inputs)
             except Exception as error:
-                cause = f"{type(error).__name__}: {error}".split("\n")[0]
-                logger.warning_once(
-                    f"pat_hf decodes without CUDA graphs; capturing failed: {cause}"
-                )
-                self.mode, self.reason = "eager", f"capturing failed: {cause}"
+                self._give_up(error)
                 return None
         return graph(inputs)
+
+    def _give_up(self, error: Exception) -> None:
+        cause = f"{type(error).__name__}: {error}".split("\n")[0]
+        self.mode, self.reason = "eager", f"capturing failed: {cause}"
+        logger.warning_once(f"pat_hf decodes without CUDA graphs: {self.reason}")
 
 
 def _obstacle(model: PreTrainedModel) -> str | None:
@@ -237,21 +266,30 @@ def _state(model: PreTrainedModel) -> Hashable:
 
 
 def _compiled(forward: Forward) -> Forward:
-    """A model's forward through torch.compile: one graph for each batch, for any memory."""
+    """A model's forward through torch.compile: one graph for each batch and one for prefills."""
     if not inspect.ismethod(forward):
         raise TypeError("its forward has been replaced and can't be compiled whole")
 
     def call(**inputs: Any) -> ModelOutput:
-        dynamic = torch._dynamo.maybe_mark_dynamic
-        for keys, values, *_ in inputs["past_key_values"].places.values():
-            dynamic(keys, 0)
-            dynamic(values, 0)
-        dynamic(inputs["attention_mask"], [2, 3])
-        # Every batch of every model counts.
-        with torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024):
+        packed = inputs["input_ids"].shape[1] > 1
+        for keys, values, pages, slots in inputs["past_key_values"].places.values():
+            _mark_dynamic([keys, values, *([pages, slots] if packed else [])], 0)
+        _mark_dynamic([inputs["attention_mask"]], 2, 3)
+        if packed:
+            _mark_dynamic([inputs["input_ids"], inputs["position_ids"]], 1)
+            if torch.is_tensor(inputs.get("logits_to_keep")):
+                _mark_dynamic([inputs["logits_to_keep"]], 0)
+        # Every batch of every model counts as a recompilation; equal sizes are a coincidence.
+        limits = torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024)
+        with limits, torch.fx.experimental._config.patch(use_duck_shape=False):
             return _compiled_forward(forward.__self__, inputs)
 
     return call
+
+
+def _mark_dynamic(tensors: list[torch.Tensor], *dims: int) -> None:
+    for tensor in tensors:
+        torch._dynamo.maybe_mark_dynamic(tensor, list(dims))
 
 
 @functools.partial(torch.compile, fullgraph=True, dynamic=False)

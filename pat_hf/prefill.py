@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation import utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
@@ -126,8 +127,8 @@ def _logits(
     keep = torch.from_numpy(wanted).to(device)
     few = model._supports_logits_to_keep()
     if few:
-        # Not every model takes an empty choice.
-        inputs["logits_to_keep"] = keep if len(wanted) else keep.new_zeros(1)
+        # Not every model takes an empty choice, and a compiled one takes one for a case apart.
+        inputs["logits_to_keep"] = torch.cat([keep, keep.new_zeros(max(0, 2 - len(wanted)))])
     out = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits[0]
     return out[: len(wanted)] if few else out[keep.to(out.device)]
 
@@ -241,6 +242,16 @@ def install() -> None:
     _prefill._pat_hf = True
     GenerationMixin._prefill = _prefill
     GenerationMixin.generate = served
+    if check := getattr(utils, "DeferredStopCheck", None):  # from 5.17 on
+        supported = check.is_supported
+
+        @functools.wraps(supported)
+        def is_supported(device: torch.device, cache: Any, *args: Any, **kwargs: Any) -> bool:
+            # Replays are queued ahead of the device, and a PATCache can take a step back.
+            ours = isinstance(cache, PATCache) and cache.defer_stops()
+            return ours or supported(device, cache, *args, **kwargs)
+
+        check.is_supported = staticmethod(is_supported)
 
 
 def _stops(config: GenerationConfig) -> Sequence[int]:

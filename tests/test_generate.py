@@ -310,6 +310,18 @@ def test_answers_that_ended_at_different_steps_are_shared_with_the_next_turn():
     assert cache.prefilled - before <= 4 * (5 + 1)
 
 
+def test_random_numbers_go_on_as_after_stocks_generate():
+    stock, pat = pair("Llama")
+    inputs = batch(BATCHES["ragged"])
+    stop = generate(stock, inputs, do_sample=False)[:, inputs["input_ids"].shape[1] + 2].tolist()
+    kwargs = {"do_sample": True, "top_k": 4, "eos_token_id": stop, "pad_token_id": 1}
+    ours = generate(pat, inputs, pat_hf.PATCache(pat, page_size=16), **kwargs)
+    next_ours = torch.rand(3)
+    theirs = generate(stock, inputs, **kwargs)
+    assert torch.equal(ours, theirs) and torch.equal(torch.rand(3), next_ours)
+    assert ours.shape[1] < inputs["input_ids"].shape[1] + 40
+
+
 def test_scores_of_finished_requests_are_stocks():
     stock, pat = pair("Llama")
     inputs = batch(BATCHES["ragged"])
@@ -317,7 +329,9 @@ def test_scores_of_finished_requests_are_stocks():
     kwargs |= {"max_new_tokens": 60, "output_logits": True, "return_dict_in_generate": True}
     ours = generate(pat, inputs, pat_hf.PATCache(pat, page_size=16), **kwargs)
     theirs = generate(stock, inputs, **kwargs)
-    torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits))
+    torch.testing.assert_close(
+        torch.stack(ours.logits), torch.stack(theirs.logits), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_a_finished_request_is_not_continued_unnoticed():
