@@ -377,6 +377,8 @@ class PATCache(Cache):
             ahead = min(ahead, self.pool.limit - pages)
         try:
             self.pool.reserve(sum(self.pool.pages(node.length) for node in missing) + ahead)
+            if self._decoder is not None and not self.pool.layers:
+                self._decoder.prepare(self._workspace, self.pool)
             self.pool.extend([(node, 0) for node in missing])
         except BaseException:
             self.clear()  # the device's own memory ran out; no request may be left without pages
@@ -401,8 +403,6 @@ class PATCache(Cache):
             stops: ids after which what a request generates is of no use.
         """
         self._decoder = Decoder(model, self.decode, steps, compile)
-        if not self.pool.layers:
-            self._decoder.prepare(self._workspace, self.pool)
         self._ahead, self._stops, self._searched = steps, stops, 0
 
     def defer_stops(self) -> bool:
@@ -412,6 +412,8 @@ class PATCache(Cache):
         """
         if self._decoder is None or self._decoder.mode == "eager":
             return False
+        if torch.get_default_device().type != "cpu":
+            return False  # Transformers pins memory that it makes on the default device
         self._decoder.deferred = True
         return True
 
@@ -473,6 +475,11 @@ class PATCache(Cache):
             real = self._tokens()[:, self._prompt_columns :]
             for request, row in enumerate(ids.cpu().numpy()):
                 self.prefixes.label(request, row[real[request]])
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that this cache is for."""
+        return self._model()
 
     def announce(self, step: Step | None) -> None:
         """Says what the next forward is; `None` withdraws it."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers import Cache, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
@@ -27,7 +30,7 @@ Forward = Callable[..., ModelOutput]
 MODES = ("auto", "eager", "captured", "compiled")
 # Steps that win back what a mode costs to begin with: about 0.1 s, and half a minute.
 _CAPTURE, _COMPILE = 4, 8192
-_PACKED = 16  # tokens from which on a packed forward is compiled: few ones would be a case apart
+_PACKED = 16  # tokens from which on a packed forward is compiled: one would be a case apart
 _INPUTS = {"input_ids", "position_ids", "attention_mask", "past_key_values"}
 
 
@@ -44,19 +47,31 @@ class Pages(Cache):
 
     def __init__(self, layers: dict[int, tuple[torch.Tensor, torch.Tensor]], step: Step):
         super().__init__(layers=[])
-        self.places = {i: (*layer, *step.targets(layer[0].device)) for i, layer in layers.items()}
+        self.layers = {
+            i: LayerPages(*layer, *step.targets(layer[0].device)) for i, layer in layers.items()
+        }
 
     @property
     def is_sliding(self) -> list[bool]:
-        return [False] * (max(self.places) + 1)
+        return [False] * (max(self.layers) + 1)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # positions are given
 
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args):
+        return self.layers[layer_idx].update(key_states, value_states)
+
+
+class LayerPages:
+    """One layer of `Pages`, for its decoder layer alone: alike ones share what is compiled."""
+
+    def __init__(self, *tensors: torch.Tensor):
+        self.tensors = tensors
+
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values, pages, slots = self.places[layer_idx]
+        keys, values, pages, slots = self.tensors
         store(keys, values, key_states.to(keys.dtype), value_states.to(values.dtype), pages, slots)
         return keys, values
 
@@ -101,28 +116,33 @@ class Graph:
     """A decode step of a batch, captured.
 
     Args:
-        forward: the model's, as it is or compiled.
+        forward: the model's.
         cache: its pages, and the plan and targets of its step, are captured by address.
         inputs: of the step; `input_ids` and `position_ids` are given anew with every replay.
+        compiled: whether decoder layers go through torch.compile.
     """
 
-    def __init__(self, forward: Forward, cache: PATCache, inputs: dict[str, Any]):
+    def __init__(
+        self, forward: Forward, cache: PATCache, inputs: dict[str, Any], compiled: bool = False
+    ):
         self._given = {name: inputs[name].clone() for name in ("input_ids", "position_ids")}
         device = inputs["input_ids"].device
         step, current = cache.step, torch.cuda.current_stream(device)
         held = Pages(cache.pool.layers, step)
         inputs = inputs | self._given | {"attention_mask": step.tensor, "past_key_values": held}
+        layers = _compiled_layers(cache.model, held, step.tensor) if compiled else nullcontext()
         stream = torch.cuda.Stream(device)
         stream.wait_stream(current)
-        with torch.cuda.stream(stream):
-            # Compiles kernels; what it stores, the first replay stores again.
-            out = forward(**inputs)
-        others = [k for k, x in out.items() if not torch.is_tensor(x) and x is not held]
-        if others:
-            raise TypeError(f"its output has {', '.join(others)}")
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
-            self._out = forward(**inputs)
+        with layers:
+            with torch.cuda.stream(stream):
+                # Compiles kernels; what it stores, the first replay stores again.
+                out = forward(**inputs)
+            others = [k for k, x in out.items() if not torch.is_tensor(x) and x is not held]
+            if others:
+                raise TypeError(f"its output has {', '.join(others)}")
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                self._out = forward(**inputs)
         current.wait_stream(stream)
 
     def __call__(self, inputs: dict[str, Any]) -> ModelOutput:
@@ -190,10 +210,10 @@ class Decoder:
         few = inputs["input_ids"].shape[1] < _PACKED
         if self.mode != "compiled" or few or len(cache.pool.layers) < len(cache):
             return None
-        held = Pages(cache.pool.layers, cache.step)
-        inputs = inputs | {"attention_mask": cache.step.tensor, "past_key_values": held}
+        held, plan = Pages(cache.pool.layers, cache.step), cache.step.tensor
         try:
-            return _compiled(forward)(**inputs)
+            with _compiled_layers(cache.model, held, plan):
+                return forward(**inputs | {"attention_mask": plan, "past_key_values": held})
         except Exception as error:
             self._give_up(error)
             return None
@@ -221,8 +241,8 @@ class Decoder:
             # One for a batch: what an older one was captured for is over.
             workspace.graphs = {k: g for k, g in workspace.graphs.items() if k[2] != key[2]}
             try:
-                whole = _compiled(forward) if self.mode == "compiled" else forward
-                graph = workspace.graphs[key] = Graph(whole, cache, inputs)
+                compiled = self.mode == "compiled"
+                graph = workspace.graphs[key] = Graph(forward, cache, inputs, compiled)
             except Exception as error:
                 self._give_up(error)
                 return None
@@ -252,46 +272,56 @@ def _obstacle(model: PreTrainedModel) -> str | None:
 
 def _state(model: PreTrainedModel) -> Hashable:
     """What a captured step takes for granted: where weights lie, and how modules are switched."""
-    tensors = [x.data_ptr() for x in (*model.parameters(), *model.buffers())]
-    switches = [
-        (
-            module.training,
-            str(getattr(module, "active_adapters", "")),
-            getattr(module, "merged", ""),
-        )
-        for module in model.modules()
-        if module.training or hasattr(module, "active_adapters")
+    state: list[Hashable] = [str(model.get_experts_implementation())]
+    for module in model.modules():
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        state.append((module.training, *(x.data_ptr() for x in tensors if x is not None)))
+        if hasattr(type(module), "merged"):  # PEFT's layers
+            switches = (module.active_adapters, module.merged, module.disable_adapters)
+            state.append(str(switches))
+    return hash(tuple(state))
+
+
+@contextmanager
+def _compiled_layers(model: PreTrainedModel, held: Pages, plan: torch.Tensor) -> Iterator[None]:
+    """For its length, the decoder layers of `model` run compiled, each on its own pages."""
+    layers = [
+        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
     ]
-    return hash((tuple(tensors), str(switches), str(model.get_experts_implementation())))
-
-
-def _compiled(forward: Forward) -> Forward:
-    """A model's forward through torch.compile: one graph for each batch and one for prefills."""
-    if not inspect.ismethod(forward):
-        raise TypeError("its forward has been replaced and can't be compiled whole")
-
-    def call(**inputs: Any) -> ModelOutput:
-        packed = inputs["input_ids"].shape[1] > 1
-        for keys, values, pages, slots in inputs["past_key_values"].places.values():
-            _mark_dynamic([keys, values, *([pages, slots] if packed else [])], 0)
-        _mark_dynamic([inputs["attention_mask"]], 2, 3)
-        if packed:
-            _mark_dynamic([inputs["input_ids"], inputs["position_ids"]], 1)
-            if torch.is_tensor(inputs.get("logits_to_keep")):
-                _mark_dynamic([inputs["logits_to_keep"]], 0)
-        # Every batch of every model counts as a recompilation; equal sizes are a coincidence.
-        limits = torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024)
+    if not layers or any("forward" in vars(layer) for layer in layers):
+        raise TypeError("its decoder layers can't be told or have forwards of their own")
+    _mark_dynamic(plan, 2, 3)
+    for layer in layers:
+        number = next(x.layer_idx for x in layer.modules() if hasattr(x, "layer_idx"))
+        layer.forward = functools.partial(_run_layer, layer, held, held.layers[number])
+    # Every batch and kind of layer counts as a recompilation; equal sizes are a coincidence.
+    limits = torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024)
+    try:
         with limits, torch.fx.experimental._config.patch(use_duck_shape=False):
-            return _compiled_forward(forward.__self__, inputs)
+            yield
+    finally:
+        for layer in layers:
+            del layer.forward
 
-    return call
+
+def _run_layer(layer: nn.Module, whole: Pages, own: LayerPages, *args: Any, **kwargs: Any) -> Any:
+    args = [own if x is whole else x for x in args]
+    kwargs = {name: own if x is whole else x for name, x in kwargs.items()}
+    keys, values, *targets = own.tensors
+    packed = args[0].shape[1] > 1
+    for tensor in (keys, values, *(targets if packed else ())):
+        _mark_dynamic(tensor, 0)
+    if packed:
+        for x in tree_leaves((args, kwargs)):
+            if torch.is_tensor(x) and x.shape[:2] == args[0].shape[:2]:
+                _mark_dynamic(x, 1)
+    return _compiled_layer(layer, args, kwargs)
 
 
-def _mark_dynamic(tensors: list[torch.Tensor], *dims: int) -> None:
-    for tensor in tensors:
-        torch._dynamo.maybe_mark_dynamic(tensor, list(dims))
+def _mark_dynamic(tensor: torch.Tensor, *dims: int) -> None:
+    torch._dynamo.maybe_mark_dynamic(tensor, list(dims))
 
 
 @functools.partial(torch.compile, fullgraph=True, dynamic=False)
-def _compiled_forward(model: PreTrainedModel, inputs: dict[str, Any]) -> ModelOutput:
-    return type(model).forward(model, **inputs)
+def _compiled_layer(layer: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    return type(layer).forward(layer, *args, **kwargs)

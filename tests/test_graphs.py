@@ -1,0 +1,177 @@
+"""Decode steps and prefills as CUDA graphs have them: buffers at fixed addresses, compiled layers.
+
+Capturing needs a GPU, where tests/test_generate.py runs by it; here a step of the same buffers and
+the same compiled layers is run again where a graph would be replayed.
+"""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from transformers import AutoModelForCausalLM
+
+import pat_hf
+from pat_hf import graphs
+from pat_hf.cache import pat_cache
+
+from .models import MODELS, VOCABULARY, batch, pair
+
+
+class Rerun(graphs.Graph):
+    """A graph that is run again instead of replayed."""
+
+    made = 0
+
+    def __init__(self, forward, cache, inputs, compiled=False):
+        Rerun.made += 1
+        self._forward, self._cache, self._compiled = forward, weakref.ref(cache), compiled
+        self._given = {name: inputs[name].clone() for name in ("input_ids", "position_ids")}
+        self._inputs = {k: x for k, x in inputs.items() if k != "past_key_values"}
+        self._step = cache.step
+        self._address = cache.step.tensor.data_ptr()
+
+    def __call__(self, inputs):
+        cache = self._cache()
+        assert cache.step is self._step and cache.step.tensor.data_ptr() == self._address
+        for name, held in self._given.items():
+            held.copy_(inputs[name])
+        held, plan = graphs.Pages(cache.pool.layers, cache.step), cache.step.tensor
+        changed = {"attention_mask": plan, "past_key_values": held}
+        with (
+            graphs._compiled_layers(cache.model, held, plan) if self._compiled else torch.no_grad()
+        ):
+            out = self._forward(**self._inputs | self._given | changed)
+        out.past_key_values = inputs["past_key_values"]
+        return out
+
+
+@pytest.fixture
+def rerun(monkeypatch):
+    """Steps are run as on a GPU, with graphs that are run again; layers compile to themselves."""
+    counter = CompileCounter()
+    whole = graphs._compiled_layer._torchdynamo_orig_callable
+    compiled = torch.compile(whole, backend=counter, fullgraph=True, dynamic=False)
+    torch._dynamo.reset()
+    monkeypatch.setattr(graphs, "Graph", Rerun)
+    monkeypatch.setattr(graphs, "_obstacle", lambda model: None)
+    monkeypatch.setattr(graphs, "_compiled_layer", compiled)
+    monkeypatch.setattr(pat_cache.PATCache, "defer_stops", lambda self: False)
+    monkeypatch.setattr(Rerun, "made", 0)
+    return counter
+
+
+def prompts(seed):
+    rng = np.random.default_rng(seed)
+    shared = rng.integers(2, VOCABULARY, 50 + 7 * seed).tolist()
+    return batch([shared + rng.integers(2, VOCABULARY, n + seed).tolist() for n in (3, 9, 20)])
+
+
+def generate(model, inputs, cache=None, **kwargs):
+    kwargs = {"max_new_tokens": 40, "do_sample": False} | kwargs
+    torch.manual_seed(0)
+    return model.generate(**inputs, past_key_values=cache, **kwargs)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_layers_compile_whole_and_once(rerun, name):
+    stock, pat = pair(name)
+    kinds = len(set(getattr(pat.config, "layer_types", None) or [0]))
+    for seed in range(3):
+        inputs = prompts(seed)
+        cache = pat_hf.PATCache(pat, page_size=16, decode="compiled")
+        assert torch.equal(generate(pat, inputs, cache), generate(stock, inputs))
+        assert cache.decoding.startswith("compiled"), cache.decoding
+        # A decode step and, once layers are known, a packed prefill of each kind of layer.
+        assert rerun.frame_count == kinds * min(seed + 1, 2)
+        del cache
+
+
+@pytest.mark.parametrize("mode", [{"do_sample": True}, {"num_return_sequences": 2}, {}])
+def test_one_capture_serves_a_call_and_the_next_one(rerun, mode):
+    stock, pat = pair("Llama")
+    mode = {"do_sample": True} | mode
+    cache = pat_hf.PATCache(pat, page_size=16, decode="captured")
+    for seed in range(2):
+        inputs = prompts(seed)
+        assert torch.equal(generate(pat, inputs, cache, **mode), generate(stock, inputs, **mode))
+    assert Rerun.made == 1
+    assert rerun.frame_count == 0
+
+
+def test_beams_go_by_captured_steps(rerun):
+    stock, pat = pair("Llama")
+    cache = pat_hf.PATCache(pat, page_size=16, decode="captured")
+    kwargs = {"num_beams": 4, "num_return_sequences": 2}
+    inputs = prompts(0)
+    assert torch.equal(generate(pat, inputs, cache, **kwargs), generate(stock, inputs, **kwargs))
+    assert 1 <= Rerun.made <= 3
+
+
+def test_changed_weights_modules_or_sizes_are_captured_anew(rerun):
+    model = AutoModelForCausalLM.from_config(MODELS["Llama"], attn_implementation="pat").eval()
+    inputs = prompts(0)
+    cache = pat_hf.PATCache(model, page_size=16, decode="captured")
+    first = generate(model, inputs, cache)
+    with torch.no_grad():
+        model.model.norm.weight.copy_(torch.rand_like(model.model.norm.weight))  # in place
+    second = generate(model, inputs, cache)
+    assert Rerun.made == 1 and not torch.equal(first, second)
+    model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.detach().clone())
+    assert torch.equal(generate(model, inputs, cache), second)
+    assert Rerun.made == 2
+    generate(model, {name: x[:2] for name, x in inputs.items()}, cache)
+    assert Rerun.made == 3
+
+
+def test_a_failed_capture_falls_back_to_the_model_itself(rerun, monkeypatch):
+    class Failing:
+        def __init__(self, *args):
+            raise RuntimeError("no capture today")
+
+    monkeypatch.setattr(graphs, "Graph", Failing)
+    stock, pat = pair("Llama")
+    cache = pat_hf.PATCache(pat, page_size=16, decode="captured")
+    assert torch.equal(generate(pat, prompts(0), cache), generate(stock, prompts(0)))
+    assert "no capture today" in cache.decoding and "no capture today" in str(cache.report())
+
+
+def test_what_a_replay_would_miss_is_left_to_the_model():
+    _, pat = pair("Llama")
+    decoder = graphs.Decoder(pat, "captured", 100)
+    assert decoder.mode == "eager" and "cpu" in str(decoder)
+
+    class OnGpu:
+        device, hf_device_map = torch.device("cuda"), {}
+
+        def named_modules(self):
+            return pat.named_modules()
+
+    assert graphs._obstacle(OnGpu()) is None
+    hook = pat.model.layers[0].register_forward_hook(lambda *args: None)
+    assert "layers.0" in graphs._obstacle(OnGpu())
+    hook.remove()
+    OnGpu.hf_device_map = {"a": 0, "b": 1}
+    assert "several devices" in graphs._obstacle(OnGpu())
+
+
+def test_auto_goes_by_the_steps_ahead(monkeypatch):
+    _, pat = pair("Llama")
+    monkeypatch.setattr(graphs, "_obstacle", lambda model: None)
+    chosen = {steps: graphs.Decoder(pat, "auto", steps).mode for steps in (1, 50, 100_000)}
+    assert chosen == {1: "eager", 50: "captured", 100_000: "compiled"}
+    assert graphs.Decoder(pat, "auto", 100_000, compile=False).mode == "captured"
+
+
+def test_a_workspace_is_passed_on_when_its_cache_goes():
+    model = AutoModelForCausalLM.from_config(MODELS["Llama"], attn_implementation="pat").eval()
+    first, second = pat_hf.PATCache(model), pat_hf.PATCache(model)
+    assert first._workspace is not second._workspace
+    workspace = first._workspace
+    del first
+    gc.collect()
+    assert pat_hf.PATCache(model)._workspace is workspace
+    with pytest.raises(ValueError, match="decode='fast'"):
+        pat_hf.PATCache(model, decode="fast")
