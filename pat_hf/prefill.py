@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers.utils import logging
 
 from pat_hf.cache.page_pool import SINK
 from pat_hf.cache.pat_cache import PATCache, Step
+from pat_hf.cache.prefix_tree import Node, Preorder
 
 logger = logging.get_logger(__name__)
 
@@ -51,58 +53,95 @@ def prefill(
     """
     ids = input_ids.cpu().numpy()
     mask = _checked_mask(cache, ids, attention_mask)
-    missing = set(cache.admit(ids, mask, ahead))
+    missing = cache.admit(ids, mask, ahead)
+    last = {end: np.array([end.length - 1]) for end in cache.prefixes.ends}
     order = cache.prefixes.preorder()
+    logits = torch.cat(list(packed(model, cache, order, missing, last, chunk=chunk)))
+    row_of = {end: row for row, end in enumerate(node for node in order.nodes if node in last)}
+    rows = torch.tensor([row_of[end] for end in cache.prefixes.ends], device=logits.device)
+    return CausalLMOutputWithPast(
+        logits=logits.index_select(0, rows)[:, None], past_key_values=cache
+    )
 
-    token, position, node, page, slot = [], [], [], [], []
-    row_of = {}  # the row whose logits continue the requests that end at a node
+
+def packed(
+    model: PreTrainedModel,
+    cache: PATCache,
+    order: Preorder,
+    missing: Iterable[Node],
+    wanted: Mapping[Node, np.ndarray],
+    *,
+    chunk: int | None = None,
+    most: int | None = None,
+) -> Iterator[torch.Tensor]:
+    """Computes tokens of the tree, and the logits of some of them, a chunk at a time.
+
+    Args:
+        order: the tree.
+        missing: nodes to compute and store.
+        wanted: nodes with the tokens, counted from the node's first and ascending, whose logits
+            are wanted. Those that are stored already go through the model again.
+        chunk: tokens in a forward; the cache's `prefill_tokens` if `None`.
+        most: logits in a forward; `None`: any number.
+
+    Yields:
+        Logits [any, vocabulary] of the wanted tokens, in the order of the tree.
+    """
+    missing = set(missing)
+    token, position, node, page, slot, ends = [], [], [], [], [], []
     rows = 0
     size = cache.pool.page_size
     for index, each in enumerate(order.nodes):
         if each in missing:
             inside = np.arange(each.length)
-            token.append(each.tokens)
             page.append(np.array(each.pages)[inside // size])
             slot.append(inside % size)
-        elif each.requests:
-            # All of this prompt is stored. Its last token goes through again for its logits.
-            inside = np.array([each.length - 1])
-            token.append(each.tokens[-1:])
-            page.append(np.array([SINK]))
-            slot.append(np.array([0]))
+            ends.append(rows + wanted.get(each, inside[:0]))
+        elif each in wanted:
+            inside = wanted[each]
+            page.append(np.full(len(inside), SINK))
+            slot.append(np.zeros(len(inside), np.int64))
+            ends.append(rows + np.arange(len(inside)))
         else:
             continue
+        token.append(each.tokens[inside])
         position.append(each.start + inside)
         node.append(np.full(len(inside), index, np.int32))
         rows += len(inside)
-        if each.requests:
-            row_of[each] = rows - 1
-    token, position, node, page, slot = map(np.concatenate, (token, position, node, page, slot))
+    token, position, node, page, slot, ends = map(
+        np.concatenate, (token, position, node, page, slot, ends)
+    )
 
-    device = input_ids.device
-    ends = np.array(list(row_of.values()))
+    device = _input_device(model)
     chunk = chunk or cache.prefill_tokens
-    logits = []
+    most = most or rows
+    if not model._supports_logits_to_keep():
+        chunk = min(chunk, most)  # there will be logits for every token
+    first = done = 0
     try:
-        for first in range(0, rows, chunk):
-            part = slice(first, min(first + chunk, rows))
-            count = part.stop - first
+        while first < rows:
+            stop = min(first + chunk, rows)
+            if done + most < len(ends):
+                stop = min(stop, int(ends[done + most]))
+            part = slice(first, stop)
             plan = cache.plan(order, node[part], position[part], device, ahead=0)
-            cache.announce(Step(plan, device, 1, count, page[part], slot[part], columns=0))
-            wanted = ends[(ends >= first) & (ends < part.stop)] - first
-            logits.append(_logits(model, cache, token[part], position[part], wanted, device))
+            step = Step(plan, device, 1, stop - first, page[part], slot[part], columns=0)
+            cache.announce(step)
+            here = ends[done : np.searchsorted(ends, stop)] - first
+            yield _logits(model, cache, token[part], position[part], here, device)
+            first, done = stop, done + len(here)
     except BaseException:
         cache.clear()  # nodes without K and V must not be taken for stored ones
         raise
     finally:
         cache.announce(None)
-    distinct = {end: i for i, end in enumerate(row_of)}
-    request = torch.tensor([distinct[end] for end in cache.prefixes.ends], device=device)
-    logits = torch.cat(logits)
-    return CausalLMOutputWithPast(
-        logits=logits.index_select(0, request.to(logits.device))[:, None],
-        past_key_values=cache,
-    )
+
+
+def _input_device(model: PreTrainedModel) -> torch.device:
+    """Where the first layer computes, which with accelerate's offloading is not where it lies."""
+    embeddings = model.get_input_embeddings()
+    device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    return torch.device(next(embeddings.parameters()).device if device is None else device)
 
 
 def _logits(
@@ -118,13 +157,13 @@ def _logits(
         "input_ids": torch.from_numpy(token)[None].to(device),
         "position_ids": torch.from_numpy(position)[None].to(device),
     }
-    keep = torch.from_numpy(wanted).to(device)
     few = model._supports_logits_to_keep()
     if few:
-        # Not every model takes an empty choice.
-        inputs["logits_to_keep"] = keep if len(wanted) else keep.new_zeros(1)
+        # Not every model takes an empty choice. No tensor: accelerate would move it to the first
+        # layer's device, and the hidden states that it picks from are on the last one's.
+        inputs["logits_to_keep"] = wanted if len(wanted) else np.zeros(1, np.int64)
     out = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits[0]
-    return out[: len(wanted)] if few else out[keep.to(out.device)]
+    return out[: len(wanted)] if few else out[wanted]
 
 
 def _checked_mask(
