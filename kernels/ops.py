@@ -90,9 +90,10 @@ def _attention(
         function = forward.forward
     else:
         function = cpu.attention
-    return function(
-        q, k_pages, v_pages, plan, scale=scale, window=window, softcap=softcap, sinks=sinks
-    )
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        return function(
+            q, k_pages, v_pages, plan, scale=scale, window=window, softcap=softcap, sinks=sinks
+        )
 
 
 @_attention.register_fake

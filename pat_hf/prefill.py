@@ -245,6 +245,9 @@ def install() -> None:
         cache.watch(self)
         reason = _unshareable(input_ids, model_kwargs)
         if reason is not None:
+            mask, embeds = (model_kwargs.get(x) for x in ("attention_mask", "inputs_embeds"))
+            if mask is None or embeds is not None or mask.shape == input_ids.shape:
+                cache.clear()  # the prompts came whole, and what they share is not looked for
             cache.fallback = reason
             logger.warning_once(f"pat_hf computes each prompt on its own: {reason}.")
             return stock(self, input_ids, generation_config, model_kwargs, is_first_iteration)

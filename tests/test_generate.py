@@ -285,6 +285,21 @@ def test_inputs_embeds_are_computed_per_request_and_exact():
     assert "inputs_embeds" in cache.report().fallback
 
 
+def test_prompts_that_are_not_packed_on_a_cache_that_is_not_empty():
+    stock, pat = pair("Llama")
+    cache = pat_hf.PATCache(pat)
+    generate(pat, batch(BATCHES["two-levels"]), cache, max_new_tokens=5)
+    kwargs = {"do_sample": False, "output_hidden_states": True, "return_dict_in_generate": True}
+    for prompts in ("ragged", "disjoint", "disjoint"):
+        inputs = batch(BATCHES[prompts])
+        ours = generate(pat, inputs, cache, **kwargs)
+        theirs = generate(stock, inputs, **kwargs)
+        assert torch.equal(ours.sequences, theirs.sequences)
+        for mine, stocks in zip(ours.hidden_states[0], theirs.hidden_states[0], strict=True):
+            real = inputs["attention_mask"].bool()
+            torch.testing.assert_close(mine[real], stocks[real], atol=2e-4, rtol=2e-4)
+
+
 def test_plain_forward_with_several_tokens_and_crop():
     """What assisted decoding and scoring do: forwards without generate()."""
     stock, pat = pair("Llama")
