@@ -43,18 +43,22 @@ class Step:
         columns: int,
         real: np.ndarray | None = None,
     ):
-        self.tensor = plan.tensor(device)
         self.shape = (batch, length)
         self.columns = columns
         self.real = real
         self.written: set[int] = set()  # layers that have stored their K and V
-        self._targets = {torch.device("cpu"): (torch.from_numpy(pages), torch.from_numpy(slots))}
+        # Tensors made in inference mode could not be advanced outside of it.
+        with torch.inference_mode(False):
+            self.tensor = plan.tensor(device)
+            here = torch.from_numpy(pages), torch.from_numpy(slots)
+        self._targets = {torch.device("cpu"): here}
 
     def targets(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Pages and slots, on a layer's device."""
         if device not in self._targets:
-            pages, slots = next(iter(self._targets.values()))
-            self._targets[device] = (pages.to(device), slots.to(device))
+            with torch.inference_mode(False):
+                pages, slots = next(iter(self._targets.values()))
+                self._targets[device] = (pages.to(device), slots.to(device))
         return self._targets[device]
 
     def advance(self) -> None:
