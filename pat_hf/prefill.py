@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,14 @@ from pat_hf.cache.prefix_tree import Node, Preorder
 logger = logging.get_logger(__name__)
 
 # What `_prefill` may be given beside the prompts without it mattering to a packed forward.
-_PLAIN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+_PLAIN = {
+    "attention_mask",
+    "inputs_embeds",
+    "logits_to_keep",
+    "past_key_values",
+    "position_ids",
+    "use_cache",
+}
 
 
 def prefill(
@@ -30,6 +38,7 @@ def prefill(
     attention_mask: torch.Tensor | None,
     chunk: int | None = None,
     ahead: int = 0,
+    inputs_embeds: torch.Tensor | None = None,
 ) -> CausalLMOutputWithPast:
     """Makes the prompts the batch of `cache`, computing only tokens that it doesn't hold.
 
@@ -42,6 +51,8 @@ def prefill(
         attention_mask: [batch, columns] of 0 and 1; `None` if nothing is padding.
         chunk: tokens in a forward; the cache's `prefill_tokens` if `None`.
         ahead: tokens that each request is going to generate, to reserve pages for.
+        inputs_embeds: [batch, columns, hidden size], in place of `input_ids`; what is equal to the
+            bit is the same token.
 
     Returns:
         Logits of each prompt's last token [batch, 1, vocabulary], and the cache.
@@ -51,12 +62,16 @@ def prefill(
             doesn't fit them.
         PoolExhausted: if they don't fit into `max_tokens`.
     """
-    ids = input_ids.cpu().numpy()
+    feed = None
+    if inputs_embeds is None:
+        ids = input_ids.cpu().numpy()
+    else:
+        ids, feed = _numbered(inputs_embeds)
     mask = _checked_mask(cache, ids, attention_mask)
     missing = cache.admit(ids, mask, ahead)
     last = {end: np.array([end.length - 1]) for end in cache.prefixes.ends}
     order = cache.prefixes.preorder()
-    logits = torch.cat(list(packed(model, cache, order, missing, last, chunk=chunk)))
+    logits = torch.cat(list(packed(model, cache, order, missing, last, feed, chunk=chunk)))
     row_of = {end: row for row, end in enumerate(node for node in order.nodes if node in last)}
     rows = torch.tensor([row_of[end] for end in cache.prefixes.ends], device=logits.device)
     return CausalLMOutputWithPast(
@@ -70,6 +85,7 @@ def packed(
     order: Preorder,
     missing: Iterable[Node],
     wanted: Mapping[Node, np.ndarray],
+    feed: Callable[[np.ndarray], torch.Tensor] | None = None,
     *,
     chunk: int | None = None,
     most: int | None = None,
@@ -81,6 +97,7 @@ def packed(
         missing: nodes to compute and store.
         wanted: nodes with the tokens, counted from the node's first and ascending, whose logits
             are wanted. Those that are stored already go through the model again.
+        feed: gives the embeddings [any, hidden size] of ids; `None`: the model does.
         chunk: tokens in a forward; the cache's `prefill_tokens` if `None`.
         most: logits in a forward; `None`: any number.
 
@@ -128,7 +145,12 @@ def packed(
             step = Step(plan, device, 1, stop - first, page[part], slot[part], columns=0)
             cache.announce(step)
             here = ends[done : np.searchsorted(ends, stop)] - first
-            yield _logits(model, cache, token[part], position[part], here, device)
+            inputs = {"position_ids": torch.from_numpy(position[part])[None].to(device)}
+            if feed is None:
+                inputs["input_ids"] = torch.from_numpy(token[part])[None].to(device)
+            else:
+                inputs["inputs_embeds"] = feed(token[part])[None].to(device)
+            yield _logits(model, cache, inputs, here)
             first, done = stop, done + len(here)
     except BaseException:
         cache.clear()  # nodes without K and V must not be taken for stored ones
@@ -144,19 +166,27 @@ def _input_device(model: PreTrainedModel) -> torch.device:
     return torch.device(next(embeddings.parameters()).device if device is None else device)
 
 
+def _numbered(embeds: torch.Tensor) -> tuple[np.ndarray, Callable[[np.ndarray], torch.Tensor]]:
+    """Embeddings [batch, columns, hidden size] as ids that no token has, and what turns them back.
+
+    An id is 62 bits of a hash: the same in every call.
+    """
+    rows = embeds.detach().flatten(0, 1)
+    raw = rows.contiguous().view(torch.uint8).cpu().numpy()
+    digests = b"".join(hashlib.blake2b(row, digest_size=8).digest() for row in raw)
+    ids = (np.frombuffer(digests, np.uint64) >> np.uint64(2)).astype(np.int64) | (1 << 62)
+    distinct, first = np.unique(ids, return_index=True)
+
+    def feed(asked: np.ndarray) -> torch.Tensor:
+        return rows[torch.from_numpy(first[np.searchsorted(distinct, asked)]).to(rows.device)]
+
+    return ids.reshape(embeds.shape[:2]), feed
+
+
 def _logits(
-    model: PreTrainedModel,
-    cache: PATCache,
-    token: np.ndarray,
-    position: np.ndarray,
-    wanted: np.ndarray,
-    device: torch.device,
+    model: PreTrainedModel, cache: PATCache, inputs: dict[str, torch.Tensor], wanted: np.ndarray
 ) -> torch.Tensor:
     """One packed forward; logits [len(wanted), vocabulary] of the wanted rows."""
-    inputs = {
-        "input_ids": torch.from_numpy(token)[None].to(device),
-        "position_ids": torch.from_numpy(position)[None].to(device),
-    }
     few = model._supports_logits_to_keep()
     if few:
         # Not every model takes an empty choice. No tensor: accelerate would move it to the first
@@ -243,9 +273,10 @@ def install() -> None:
             return stock(self, input_ids, generation_config, model_kwargs, is_first_iteration)
         cache.check(self)
         cache.watch(self)
+        embeds = model_kwargs.get("inputs_embeds") if is_first_iteration else None
         reason = _unshareable(input_ids, model_kwargs)
         if reason is not None:
-            mask, embeds = (model_kwargs.get(x) for x in ("attention_mask", "inputs_embeds"))
+            mask = model_kwargs.get("attention_mask")
             if mask is None or embeds is not None or mask.shape == input_ids.shape:
                 cache.clear()  # the prompts came whole, and what they share is not looked for
             cache.fallback = reason
@@ -258,6 +289,7 @@ def install() -> None:
             model_kwargs.get("attention_mask"),
             generation_config.prefill_chunk_size,
             max(0, generation_config.max_length - input_ids.shape[1]),
+            embeds,
         )
 
     _prefill._pat_hf = True
