@@ -276,7 +276,13 @@ def install() -> None:
         embeds = model_kwargs.get("inputs_embeds") if is_first_iteration else None
         reason = _unshareable(input_ids, model_kwargs)
         if reason is not None:
-            mask = model_kwargs.get("attention_mask")
+            mask, positions = (model_kwargs.get(x) for x in ("attention_mask", "position_ids"))
+            if cache.get_seq_length() and positions is not None and positions.ndim == 3:
+                raise ValueError(
+                    f"{type(self).__name__} numbers tokens by the images before them, and "
+                    "generate() has numbered these as if they came behind what this PATCache "
+                    "holds. Call clear() on the cache first, or make a new one."
+                )
             if mask is None or embeds is not None or mask.shape == input_ids.shape:
                 cache.clear()  # the prompts came whole, and what they share is not looked for
             cache.fallback = reason
@@ -310,15 +316,18 @@ def _unshareable(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> str |
     if model_kwargs.get("output_hidden_states"):
         return "output_hidden_states asks for the states of all prompt tokens"
     others = [name for name, x in model_kwargs.items() if name not in _PLAIN and x is not None]
+    if others == ["mm_token_type_ids"] and not model_kwargs["mm_token_type_ids"].any():
+        others = []  # text alone, as a processor says it
     if tensors := [name for name in others if isinstance(model_kwargs[name], torch.Tensor)]:
         return f"{', '.join(tensors)} may make equal tokens differ"
     given, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
     if given is not None:
         if mask is None:
-            usual = torch.arange(given.shape[-1], device=given.device).expand_as(given)
-            real = torch.ones_like(given, dtype=torch.bool)
+            usual = torch.arange(given.shape[-1], device=given.device).expand(given.shape[-2:])
+            real = torch.ones_like(usual, dtype=torch.bool)
         else:
             usual, real = mask.long().cumsum(-1) - 1, mask.bool()
-        if given.shape != usual.shape or not torch.equal(given[real], usual[real]):
+        # Some models number tokens several times over: in text, in time, in height, in width.
+        if given.shape[-2:] != usual.shape or not (given == usual)[..., real].all():
             return "position_ids are not the tokens' numbers"
     return None

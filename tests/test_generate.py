@@ -299,7 +299,7 @@ def test_inputs_embeds_are_shared_where_they_are_equal(name, mode, ids):
     plain = generate(stock, inputs, **MODES[mode] | {"max_new_tokens": 12})
     assert not torch.equal(expected, plain[:, -expected.shape[1] :])
     distinct = {
-        tuple(map(bytes, row[real][: i + 1].numpy()))
+        tuple(map(bytes, row[real][: i + 1].cpu().numpy()))
         for row, real in zip(embeds, inputs["attention_mask"].bool(), strict=True)
         for i in range(real.sum())
     }
