@@ -246,11 +246,13 @@ def install() -> None:
     """Lets `generate()` prefill a PATCache through `prefill`; other caches go the stock way.
 
     Raises:
-        ImportError: if this version of Transformers has no such step to take over.
+        ImportError: if this version of Transformers has no such steps to take over.
     """
-    stock = getattr(GenerationMixin, "_prefill", None)
+    stock, assisted = (
+        getattr(GenerationMixin, name, None) for name in ("_prefill", "_assisted_decoding")
+    )
     expected = ["self", "input_ids", "generation_config", "model_kwargs", "is_first_iteration"]
-    if stock is None or list(inspect.signature(stock).parameters) != expected:
+    if stock is None or assisted is None or list(inspect.signature(stock).parameters) != expected:
         import transformers
 
         raise ImportError(
@@ -273,18 +275,21 @@ def install() -> None:
             return stock(self, input_ids, generation_config, model_kwargs, is_first_iteration)
         cache.check(self)
         cache.watch(self)
-        embeds = model_kwargs.get("inputs_embeds") if is_first_iteration else None
+        mask, embeds, positions = (
+            model_kwargs.get(x) for x in ("attention_mask", "inputs_embeds", "position_ids")
+        )
         reason = _unshareable(input_ids, model_kwargs)
+        if mask is not None and mask.shape[1] > input_ids.shape[1] > 0 and embeds is None:
+            # Only what is new, for the requests that are stored: there is nothing to look for.
+            return stock(self, input_ids, generation_config, model_kwargs, is_first_iteration)
         if reason is not None:
-            mask, positions = (model_kwargs.get(x) for x in ("attention_mask", "position_ids"))
             if cache.get_seq_length() and positions is not None and positions.ndim == 3:
                 raise ValueError(
                     f"{type(self).__name__} numbers tokens by the images before them, and "
                     "generate() has numbered these as if they came behind what this PATCache "
                     "holds. Call clear() on the cache first, or make a new one."
                 )
-            if mask is None or embeds is not None or mask.shape == input_ids.shape:
-                cache.clear()  # the prompts came whole, and what they share is not looked for
+            cache.clear()  # the prompts come whole, and what they share is not looked for
             cache.fallback = reason
             logger.warning_once(f"pat_hf computes each prompt on its own: {reason}.")
             return stock(self, input_ids, generation_config, model_kwargs, is_first_iteration)
@@ -292,14 +297,26 @@ def install() -> None:
             self,
             cache,
             input_ids,
-            model_kwargs.get("attention_mask"),
+            mask,
             generation_config.prefill_chunk_size,
             max(0, generation_config.max_length - input_ids.shape[1]),
-            embeds,
+            embeds if is_first_iteration else None,
         )
+
+    @functools.wraps(assisted)
+    def _assisted_decoding(
+        self: PreTrainedModel, input_ids: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        if isinstance(cache, PATCache):
+            cache.check(self)
+            if mask is None or mask.shape == input_ids.shape:
+                cache.clear()  # there is no prefill: the first step is fed the whole prompt
+        return assisted(self, input_ids, *args, **kwargs)
 
     _prefill._pat_hf = True
     GenerationMixin._prefill = _prefill
+    GenerationMixin._assisted_decoding = _assisted_decoding
 
 
 def _unshareable(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> str | None:
