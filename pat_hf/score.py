@@ -14,7 +14,7 @@ from pat_hf.cache.pat_cache import PATCache
 from pat_hf.cache.prefix_tree import Node, common_prefix
 from pat_hf.prefill import packed
 
-_LOGITS = 1 << 27  # held at a time
+_LOGITS = 1 << 26  # held at a time, in float32
 
 
 class Scores(NamedTuple):
