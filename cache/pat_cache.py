@@ -109,7 +109,7 @@ class PATCache(Cache):
             raise ValueError(f"prefill_tokens={prefill_tokens}: at least one is needed.")
         self.config = _supported_config(model)
         self.dtype = model.dtype
-        self._model = weakref.ref(_unwrapped(model))
+        self._model = weakref.ref(unwrapped(model))
         self.heads = _heads(self.config, model.dtype)
         super().__init__(layers=[])
         self.prefill_tokens = prefill_tokens
@@ -612,14 +612,14 @@ def _heads(config: PretrainedConfig, dtype: torch.dtype) -> Heads:
     return Heads(query, kv, dim, dim, dtype.itemsize)
 
 
-def _unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
     """The model inside a PEFT wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _supported_config(model: PreTrainedModel) -> PretrainedConfig:
     """The text decoder's config, or an error that names what rules the model out."""
-    model = _unwrapped(model)
+    model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"PATCache takes the model it is for, as in PATCache(model), not a "

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pat_hf.cache.page_pool import PoolExhausted
-from pat_hf.cache.pat_cache import PATCache
+from pat_hf.cache.pat_cache import PATCache, unwrapped
 from pat_hf.cache.prefix_tree import Node, common_prefix
 from pat_hf.prefill import packed
 
@@ -44,7 +44,8 @@ def loglikelihoods(
     """How likely `model` finds each continuation after its context.
 
     Every distinct token goes through the model once, whichever pairs it is in and in whichever
-    order they come. Tokens are held for about `cache.prefill_tokens` of them at a time.
+    order they come; large sets go in parts of about `cache.prefill_tokens` distinct tokens, and
+    tokens that are scored in two parts, too.
 
     Args:
         model: a decoder-only model loaded with `attn_implementation="pat"`.
@@ -60,14 +61,14 @@ def loglikelihoods(
         PoolExhausted: if a single pair doesn't fit into the cache's `max_tokens`.
     """
     pairs = _pairs(contexts, continuations)
-    cache = PATCache(model) if cache is None else cache
+    cache, model = PATCache(model) if cache is None else cache, unwrapped(model)
     cache.check(model)
     # Big-endian bytes sort as the ids do: what shares a prefix comes together.
     order = sorted(range(len(pairs)), key=lambda i: pairs[i].tokens.astype(">i8").tobytes())
-    logprobs, greedy = torch.empty(len(pairs)), torch.empty(len(pairs), dtype=torch.bool)
+    scores = _unfilled(len(pairs))
     for group in _groups(pairs, order, cache.prefill_tokens):
-        _score(model, cache, pairs, group, logprobs, greedy)
-    return Scores(logprobs, greedy)
+        _score(model, cache, pairs, group, scores)
+    return scores
 
 
 def _pairs(contexts: Sequence, continuations: Sequence) -> list[_Pair]:
@@ -87,6 +88,12 @@ def _pairs(contexts: Sequence, continuations: Sequence) -> list[_Pair]:
                 )
         pairs.append(_Pair(np.concatenate([context, targets[:-1]]), targets))
     return pairs
+
+
+def _unfilled(count: int) -> Scores:
+    """For `count` scores."""
+    dtypes = torch.float32, torch.bool
+    return Scores(*(torch.empty(count, dtype=dtype, device="cpu") for dtype in dtypes))
 
 
 def _groups(pairs: list[_Pair], order: list[int], most: int) -> Iterator[list[int]]:
@@ -109,8 +116,7 @@ def _score(
     cache: PATCache,
     pairs: list[_Pair],
     group: list[int],
-    logprobs: torch.Tensor,
-    greedy: torch.Tensor,
+    scores: Scores,
 ) -> None:
     """Fills in the scores of a group."""
     lengths = np.array([len(pairs[i].tokens) for i in group])
@@ -126,14 +132,15 @@ def _score(
             cache.batch_select_indices(torch.arange(0))  # what it holds is in the way
         half = len(group) // 2
         for part in filter(None, (group[:half], group[half:])):
-            _score(model, cache, pairs, part, logprobs, greedy)
+            _score(model, cache, pairs, part, scores)
         return
 
     tree = cache.prefixes.preorder()
     wanted, row = _wanted(cache, tree.nodes, [len(pairs[i].targets) for i in group])
     target = torch.from_numpy(np.concatenate([pairs[i].targets for i in group]))
     by_row = np.argsort(row, kind="stable")
-    row, values, hits = row[by_row], torch.empty(len(row)), torch.empty(len(row), dtype=torch.bool)
+    row = row[by_row]
+    values, hits = _unfilled(len(row))
     done = first = 0
     most = max(1, _LOGITS // model.config.get_text_config(decoder=True).vocab_size)
     for logits in packed(model, cache, tree, missing, wanted, most=most):
@@ -148,7 +155,7 @@ def _score(
     at = 0
     for i in group:
         part = slice(at, at + len(pairs[i].targets))
-        logprobs[i], greedy[i] = values[part].double().sum(), hits[part].all()
+        scores.logprobs[i], scores.greedy[i] = values[part].double().sum(), hits[part].all()
         at = part.stop
 
 

@@ -13,6 +13,9 @@ import pat_hf
 from .models import batch, pair
 from .test_generate import BATCHES
 
+pytestmark = pytest.mark.skipif(
+    torch.get_default_device().type != "cpu", reason="places weights on the CPU"
+)
 INPUTS = batch(BATCHES["two-levels"])
 # Embeddings, then the layers, the norm and the head; "disk" is loaded for each forward.
 MAPS = {

@@ -31,7 +31,7 @@ def expected(model, pairs):
             logits = model(torch.tensor([context + answer])).logits[0, len(context) - 1 : -1]
             sums.append(logits.log_softmax(-1)[range(len(answer)), answer].sum())
             greedy.append(logits.argmax(-1).tolist() == answer)
-    return torch.stack(sums), torch.tensor(greedy)
+    return torch.stack(sums).cpu(), torch.tensor(greedy, device="cpu")
 
 
 def through(model, function):
@@ -100,6 +100,20 @@ def test_logits_are_held_in_parts(monkeypatch):
     pat_hf.loglikelihoods(pat, *zip(*PAIRS, strict=True))
     hook.remove()
     assert max(seen) == 3
+
+
+def test_a_model_inside_a_wrapper():
+    """As PEFT wraps it."""
+    _, pat = pair("Llama")
+
+    class Wrapper:
+        def get_base_model(self):
+            return pat
+
+    ours = pat_hf.loglikelihoods(Wrapper(), *zip(*PAIRS[:3], strict=True))
+    assert torch.equal(
+        ours.logprobs, pat_hf.loglikelihoods(pat, *zip(*PAIRS[:3], strict=True)).logprobs
+    )
 
 
 def test_what_a_cache_holds_is_not_computed_again():
