@@ -61,7 +61,8 @@ def loglikelihoods(
         PoolExhausted: if a single pair doesn't fit into the cache's `max_tokens`.
     """
     pairs = _pairs(contexts, continuations)
-    cache, model = PATCache(model) if cache is None else cache, unwrapped(model)
+    model = unwrapped(model)
+    cache = PATCache(model) if cache is None else cache
     cache.check(model)
     # Big-endian bytes sort as the ids do: what shares a prefix comes together.
     order = sorted(range(len(pairs)), key=lambda i: pairs[i].tokens.astype(">i8").tobytes())

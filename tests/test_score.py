@@ -110,10 +110,10 @@ def test_a_model_inside_a_wrapper():
         def get_base_model(self):
             return pat
 
-    ours = pat_hf.loglikelihoods(Wrapper(), *zip(*PAIRS[:3], strict=True))
-    assert torch.equal(
-        ours.logprobs, pat_hf.loglikelihoods(pat, *zip(*PAIRS[:3], strict=True)).logprobs
+    ours, theirs = (
+        pat_hf.loglikelihoods(model, *zip(*PAIRS[:3], strict=True)) for model in (Wrapper(), pat)
     )
+    assert torch.equal(ours.logprobs, theirs.logprobs)
 
 
 def test_what_a_cache_holds_is_not_computed_again():
