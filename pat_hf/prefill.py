@@ -279,8 +279,8 @@ def install() -> None:
             model_kwargs.get(x) for x in ("attention_mask", "inputs_embeds", "position_ids")
         )
         reason = _unshareable(input_ids, model_kwargs)
-        if mask is not None and mask.shape[1] > input_ids.shape[1] > 0 and embeds is None:
-            # Only what is new, for the requests that are stored: there is nothing to look for.
+        if embeds is None and not _whole(input_ids, mask, generation_config):
+            # For the requests that are stored: there is nothing to look for.
             return stock(self, input_ids, generation_config, model_kwargs, is_first_iteration)
         if reason is not None:
             if cache.get_seq_length() and positions is not None and positions.ndim == 3:
@@ -307,11 +307,15 @@ def install() -> None:
     def _assisted_decoding(
         self: PreTrainedModel, input_ids: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache = kwargs.get("past_key_values")
         if isinstance(cache, PATCache):
             cache.check(self)
-            if mask is None or mask.shape == input_ids.shape:
-                cache.clear()  # there is no prefill: the first step is fed the whole prompt
+            if not _whole(input_ids, kwargs.get("attention_mask"), kwargs["generation_config"]):
+                raise ValueError(
+                    "Assisted decoding and prompt lookup look at the whole prompt, and were given "
+                    "only what is new in it. Pass all of its tokens."
+                )
+            cache.clear()  # there is no prefill: the first step is fed the whole prompt
         return assisted(self, input_ids, *args, **kwargs)
 
     _prefill._pat_hf = True
@@ -332,11 +336,13 @@ def _unshareable(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> str |
         )
     if model_kwargs.get("output_hidden_states"):
         return "output_hidden_states asks for the states of all prompt tokens"
-    others = [name for name, x in model_kwargs.items() if name not in _PLAIN and x is not None]
+    others = [
+        name for name, x in model_kwargs.items() if name not in _PLAIN and not _says_nothing(x)
+    ]
     if others == ["mm_token_type_ids"] and not model_kwargs["mm_token_type_ids"].any():
         others = []  # text alone, as a processor says it
-    if tensors := [name for name in others if isinstance(model_kwargs[name], torch.Tensor)]:
-        return f"{', '.join(tensors)} may make equal tokens differ"
+    if others:
+        return f"{', '.join(others)} may make equal tokens differ"
     given, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
     if given is not None:
         if mask is None:
@@ -348,3 +354,22 @@ def _unshareable(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> str |
         if given.shape[-2:] != usual.shape or not (given == usual)[..., real].all():
             return "position_ids are not the tokens' numbers"
     return None
+
+
+def _says_nothing(x: Any) -> bool:
+    """Whether an argument of the forward can't be about single tokens: a switch, or empty."""
+    if x is None or isinstance(x, (bool, int, float, str)):
+        return True
+    return isinstance(x, (dict, list, tuple)) and not x
+
+
+def _whole(
+    input_ids: torch.Tensor, mask: torch.Tensor | None, generation_config: GenerationConfig
+) -> bool:
+    """Whether the prompts come whole, and not only what is new in them."""
+    if mask is not None:
+        length = mask.shape[1]
+    else:
+        # Later versions of Transformers drop a mask of ones, and note how long it was.
+        length = getattr(generation_config, "_mask_length", None) or 0
+    return not length > input_ids.shape[1] > 0

@@ -71,20 +71,34 @@ def test_going_on_gives_what_one_call_gives(name):
         torch.testing.assert_close(ours, theirs, **CLOSE)
 
 
+@pytest.mark.parametrize("prompts", ["ragged", "identical"])  # with and without padding
 @pytest.mark.parametrize("name", NAMES)
-def test_going_on_with_the_new_tokens_alone(name):
-    turn = torch.tensor([text(5, r) for r in range(ROWS)])
+def test_going_on_with_the_new_tokens_alone(name, prompts):
+    prompts = batch(BATCHES[prompts])
+    turn = torch.tensor([text(5, r) for r in range(4)])
     outs = []
     for model, cache in both(name):
-        first = generate(model, cache).sequences
-        inputs = longer(INPUTS, torch.cat([first, turn], 1))
+        first = generate(model, cache, prompts).sequences
+        inputs = longer(prompts, torch.cat([first, turn], 1))
         given = inputs | {"input_ids": inputs["input_ids"][:, cache.get_seq_length() :]}
         outs.append(generate(model, cache, given).sequences)
     assert torch.equal(*outs)
     stock, _ = pair(name)
     assert torch.equal(outs[1][:, -6:], generate(stock, None, inputs).sequences[:, -6:])
+    if prompts["attention_mask"].all():
+        return
     with pytest.raises(ValueError, match="attention_mask has shape"):
         generate(pair(name)[1], cache, given)
+
+
+def test_assisted_decoding_needs_the_whole_prompt():
+    _, (pat, cache) = both("Llama")
+    first = generate(pat, cache, batch(BATCHES["one"])).sequences
+    given = longer(batch(BATCHES["one"]), first) | {"input_ids": first[:, -1:]}
+    held = cache.tokens
+    with pytest.raises(ValueError, match="only what is new"):
+        generate(pat, cache, given, prompt_lookup_num_tokens=3)
+    assert cache.tokens == held
 
 
 def test_going_on_from_embeddings():

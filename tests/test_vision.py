@@ -111,7 +111,8 @@ def test_images_are_exact_and_not_shared(name, kwargs):
             cache.clear()
         ours = pat.generate(**given, past_key_values=cache, **KWARGS, **kwargs)
         assert torch.equal(ours, out)
-        assert "pixel_values" in cache.fallback
+        # Later versions of Transformers encode images before the prefill.
+        assert "pixel_values" in cache.fallback or "mm_encoder_outputs" in cache.fallback
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["images first", "text first"])
