@@ -34,9 +34,12 @@ class Step:
     """
 
     def __init__(self, device: torch.device, batch: int, length: int, capacity: tuple[int, int]):
-        self.tensor = torch.empty((1, 1, *capacity), dtype=torch.int32, device=device)
         self.shape = (batch, length)
-        self._targets = {device: torch.empty((2, batch * length), dtype=torch.int64, device=device)}
+        # Tensors made in inference mode could not be advanced outside of it.
+        with torch.inference_mode(False):
+            self.tensor = torch.empty((1, 1, *capacity), dtype=torch.int32, device=device)
+            targets = torch.empty((2, batch * length), dtype=torch.int64, device=device)
+        self._targets = {device: targets}
 
     def load(
         self,
@@ -72,7 +75,8 @@ class Step:
     def targets(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Pages and slots, on a layer's device."""
         if device not in self._targets:
-            self._targets[device] = next(iter(self._targets.values())).to(device)
+            with torch.inference_mode(False):
+                self._targets[device] = next(iter(self._targets.values())).to(device)
         return tuple(self._targets[device])
 
     def advance(self) -> None:
@@ -136,7 +140,7 @@ class PATCache(Cache):
             raise ValueError(f"decode={decode!r}: it must be one of {', '.join(MODES)}.")
         self.config = _supported_config(model)
         self.dtype = model.dtype
-        self._model = weakref.ref(_unwrapped(model))
+        self._model = weakref.ref(unwrapped(model))
         self.heads = _heads(self.config, model.dtype)
         super().__init__(layers=[])
         self.prefill_tokens = prefill_tokens
@@ -734,14 +738,14 @@ def _heads(config: PretrainedConfig, dtype: torch.dtype) -> Heads:
     return Heads(query, kv, dim, dim, dtype.itemsize)
 
 
-def _unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
     """The model inside a PEFT wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _supported_config(model: PreTrainedModel) -> PretrainedConfig:
     """The text decoder's config, or an error that names what rules the model out."""
-    model = _unwrapped(model)
+    model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
             f"PATCache takes the model it is for, as in PATCache(model), not a "

@@ -167,7 +167,7 @@ class PrefixTree:
                 child = Node(node, depth, len(tokens) - depth, tokens[depth:].copy())
                 self._attach(child)
             else:
-                shared = _common_prefix(child.tokens, tokens[depth:])
+                shared = common_prefix(child.tokens, tokens[depth:])
                 if shared < child.length:
                     child = self.split(child, shared)
             node = child
@@ -325,7 +325,8 @@ class PrefixTree:
         del node.parent.children[node.key]
 
 
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Leading tokens that two texts share; a and b: int [any]."""
     n = min(len(a), len(b))
     differ = a[:n] != b[:n]
     at = int(differ.argmax()) if n else 0

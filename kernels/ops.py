@@ -111,9 +111,10 @@ def _attention(
         function = forward.forward
     else:
         function = cpu.attention
-    return function(
-        q, k_pages, v_pages, plan, scale=scale, window=window, softcap=softcap, sinks=sinks
-    )
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        return function(
+            q, k_pages, v_pages, plan, scale=scale, window=window, softcap=softcap, sinks=sinks
+        )
 
 
 @_attention.register_fake
@@ -143,7 +144,8 @@ def _store(
     if backend(k.device) == "triton":
         from pat_hf.kernels import store
 
-        store.store(k_pages, v_pages, k, v, pages, slots)
+        with torch.cuda.device_of(k):  # Triton launches on the current device
+            store.store(k_pages, v_pages, k, v, pages, slots)
         return
     for held, new in ((k_pages, k), (v_pages, v)):
         held[pages, :, slots] = new.transpose(1, 2).flatten(0, 1)

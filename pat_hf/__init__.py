@@ -17,9 +17,19 @@ from pat_hf.cache.pat_cache import PATCache  # noqa: E402
 from pat_hf.cache.report import Report  # noqa: E402
 from pat_hf.enable import disable, enable, enabled  # noqa: E402
 from pat_hf.prefill import install  # noqa: E402
+from pat_hf.score import Scores, loglikelihoods  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["PATCache", "PoolExhausted", "Report", "disable", "enable", "enabled"]
+__all__ = [
+    "PATCache",
+    "PoolExhausted",
+    "Report",
+    "Scores",
+    "disable",
+    "enable",
+    "enabled",
+    "loglikelihoods",
+]
 
 register()
 install()

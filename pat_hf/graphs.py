@@ -30,7 +30,6 @@ Forward = Callable[..., ModelOutput]
 MODES = ("auto", "eager", "captured", "compiled")
 # Steps that win back what a mode costs to begin with: about 0.1 s, and half a minute.
 _CAPTURE, _COMPILE = 4, 8192
-_PACKED = 16  # tokens from which on a packed forward is compiled: one would be a case apart
 _INPUTS = {"input_ids", "position_ids", "attention_mask", "past_key_values"}
 
 
@@ -207,8 +206,8 @@ class Decoder:
         self, forward: Forward, cache: PATCache, inputs: dict[str, Any]
     ) -> ModelOutput | None:
         """A packed forward, compiled; `None` if it isn't to be, or where layers don't exist yet."""
-        few = inputs["input_ids"].shape[1] < _PACKED
-        if self.mode != "compiled" or few or len(cache.pool.layers) < len(cache):
+        alone = cache.step.shape[1] == 1  # would be compiled as a case apart
+        if self.mode != "compiled" or alone or len(cache.pool.layers) < len(cache):
             return None
         held, plan = Pages(cache.pool.layers, cache.step), cache.step.tensor
         try:
@@ -263,6 +262,8 @@ def _obstacle(model: PreTrainedModel) -> str | None:
     if torch.is_autocast_enabled("cuda"):
         return "autocast is on"
     for name, module in model.named_modules():
+        if getattr(vars(module).get("_hf_hook"), "offload", False):
+            return f"{name or 'the model'} is offloaded"
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             # Transformers' own note hidden states, where asked for.
             if getattr(hook, "__module__", "") != "transformers.utils.output_capturing":

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,11 +20,19 @@ from transformers.utils import logging
 
 from pat_hf.cache.page_pool import SINK
 from pat_hf.cache.pat_cache import PATCache, Step
+from pat_hf.cache.prefix_tree import Node, Preorder
 
 logger = logging.get_logger(__name__)
 
 # What `_prefill` may be given beside the prompts without it mattering to a packed forward.
-_PLAIN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+_PLAIN = {
+    "attention_mask",
+    "inputs_embeds",
+    "logits_to_keep",
+    "past_key_values",
+    "position_ids",
+    "use_cache",
+}
 
 
 def prefill(
@@ -33,6 +42,7 @@ def prefill(
     attention_mask: torch.Tensor | None,
     chunk: int | None = None,
     ahead: int = 0,
+    inputs_embeds: torch.Tensor | None = None,
 ) -> CausalLMOutputWithPast:
     """Makes the prompts the batch of `cache`, computing only tokens that it doesn't hold.
 
@@ -45,6 +55,8 @@ def prefill(
         attention_mask: [batch, columns] of 0 and 1; `None` if nothing is padding.
         chunk: tokens in a forward; the cache's `prefill_tokens` if `None`.
         ahead: tokens that each request is going to generate, to reserve pages for.
+        inputs_embeds: [batch, columns, hidden size], in place of `input_ids`; what is equal to the
+            bit is the same token.
 
     Returns:
         Logits of each prompt's last token [batch, 1, vocabulary], and the cache.
@@ -54,83 +66,138 @@ def prefill(
             doesn't fit them.
         PoolExhausted: if they don't fit into `max_tokens`.
     """
-    ids = input_ids.cpu().numpy()
+    feed = None
+    if inputs_embeds is None:
+        ids = input_ids.cpu().numpy()
+    else:
+        ids, feed = _numbered(inputs_embeds)
     mask = _checked_mask(cache, ids, attention_mask)
-    missing = set(cache.admit(ids, mask, ahead))
+    missing = cache.admit(ids, mask, ahead)
+    last = {end: np.array([end.length - 1]) for end in cache.prefixes.ends}
     order = cache.prefixes.preorder()
+    logits = torch.cat(list(packed(model, cache, order, missing, last, feed, chunk=chunk)))
+    row_of = {end: row for row, end in enumerate(node for node in order.nodes if node in last)}
+    rows = torch.tensor([row_of[end] for end in cache.prefixes.ends], device=logits.device)
+    return CausalLMOutputWithPast(
+        logits=logits.index_select(0, rows)[:, None], past_key_values=cache
+    )
 
-    token, position, node, page, slot = [], [], [], [], []
-    row_of = {}  # the row whose logits continue the requests that end at a node
+
+def packed(
+    model: PreTrainedModel,
+    cache: PATCache,
+    order: Preorder,
+    missing: Iterable[Node],
+    wanted: Mapping[Node, np.ndarray],
+    feed: Callable[[np.ndarray], torch.Tensor] | None = None,
+    *,
+    chunk: int | None = None,
+    most: int | None = None,
+) -> Iterator[torch.Tensor]:
+    """Computes tokens of the tree, and the logits of some of them, a chunk at a time.
+
+    Args:
+        order: the tree.
+        missing: nodes to compute and store.
+        wanted: nodes with the tokens, counted from the node's first and ascending, whose logits
+            are wanted. Those that are stored already go through the model again.
+        feed: gives the embeddings [any, hidden size] of ids; `None`: the model does.
+        chunk: tokens in a forward; the cache's `prefill_tokens` if `None`.
+        most: logits in a forward; `None`: any number.
+
+    Yields:
+        Logits [any, vocabulary] of the wanted tokens, in the order of the tree.
+    """
+    missing = set(missing)
+    token, position, node, page, slot, ends = [], [], [], [], [], []
     rows = 0
     size = cache.pool.page_size
     for index, each in enumerate(order.nodes):
         if each in missing:
             inside = np.arange(each.length)
-            token.append(each.tokens)
             page.append(np.array(each.pages)[inside // size])
             slot.append(inside % size)
-        elif each.requests:
-            # All of this prompt is stored. Its last token goes through again for its logits.
-            inside = np.array([each.length - 1])
-            token.append(each.tokens[-1:])
-            page.append(np.array([SINK]))
-            slot.append(np.array([0]))
+            ends.append(rows + wanted.get(each, inside[:0]))
+        elif each in wanted:
+            inside = wanted[each]
+            page.append(np.full(len(inside), SINK))
+            slot.append(np.zeros(len(inside), np.int64))
+            ends.append(rows + np.arange(len(inside)))
         else:
             continue
+        token.append(each.tokens[inside])
         position.append(each.start + inside)
         node.append(np.full(len(inside), index, np.int32))
         rows += len(inside)
-        if each.requests:
-            row_of[each] = rows - 1
-    token, position, node, page, slot = map(np.concatenate, (token, position, node, page, slot))
+    token, position, node, page, slot, ends = map(
+        np.concatenate, (token, position, node, page, slot, ends)
+    )
 
-    device = input_ids.device
-    ends = np.array(list(row_of.values()))
+    device = _input_device(model)
     chunk = chunk or cache.prefill_tokens
-    logits = []
+    most = most or rows
+    if not model._supports_logits_to_keep():
+        chunk = min(chunk, most)  # there will be logits for every token
+    first = done = 0
     try:
-        for first in range(0, rows, chunk):
-            part = slice(first, min(first + chunk, rows))
-            count = part.stop - first
+        while first < rows:
+            stop = min(first + chunk, rows)
+            if done + most < len(ends):
+                stop = min(stop, int(ends[done + most]))
+            part = slice(first, stop)
             plan = cache.plan(order, node[part], position[part], device, ahead=0)
-            step = Step(device, 1, count, plan.shape)
+            step = Step(device, 1, stop - first, plan.shape)
             cache.announce(step.load(plan, page[part], slot[part], columns=0))
-            wanted = ends[(ends >= first) & (ends < part.stop)] - first
-            logits.append(_logits(model, cache, token[part], position[part], wanted, device))
+            here = ends[done : np.searchsorted(ends, stop)] - first
+            inputs = {"position_ids": torch.from_numpy(position[part])[None].to(device)}
+            if feed is None:
+                inputs["input_ids"] = torch.from_numpy(token[part])[None].to(device)
+            else:
+                inputs["inputs_embeds"] = feed(token[part])[None].to(device)
+            yield _logits(model, cache, inputs, here)
+            first, done = stop, done + len(here)
     except BaseException:
         cache.clear()  # nodes without K and V must not be taken for stored ones
         raise
     finally:
         cache.announce(None)
-    distinct = {end: i for i, end in enumerate(row_of)}
-    request = torch.tensor([distinct[end] for end in cache.prefixes.ends], device=device)
-    logits = torch.cat(logits)
-    return CausalLMOutputWithPast(
-        logits=logits.index_select(0, request.to(logits.device))[:, None],
-        past_key_values=cache,
-    )
+
+
+def _input_device(model: PreTrainedModel) -> torch.device:
+    """Where the first layer computes, which with accelerate's offloading is not where it lies."""
+    embeddings = model.get_input_embeddings()
+    device = getattr(getattr(embeddings, "_hf_hook", None), "execution_device", None)
+    return torch.device(next(embeddings.parameters()).device if device is None else device)
+
+
+def _numbered(embeds: torch.Tensor) -> tuple[np.ndarray, Callable[[np.ndarray], torch.Tensor]]:
+    """Embeddings [batch, columns, hidden size] as ids that no token has, and what turns them back.
+
+    An id is 62 bits of a hash: the same in every call.
+    """
+    rows = embeds.detach().flatten(0, 1)
+    raw = rows.contiguous().view(torch.uint8).cpu().numpy()
+    digests = b"".join(hashlib.blake2b(row, digest_size=8).digest() for row in raw)
+    ids = (np.frombuffer(digests, np.uint64) >> np.uint64(2)).astype(np.int64) | (1 << 62)
+    distinct, first = np.unique(ids, return_index=True)
+
+    def feed(asked: np.ndarray) -> torch.Tensor:
+        return rows[torch.from_numpy(first[np.searchsorted(distinct, asked)]).to(rows.device)]
+
+    return ids.reshape(embeds.shape[:2]), feed
 
 
 def _logits(
-    model: PreTrainedModel,
-    cache: PATCache,
-    token: np.ndarray,
-    position: np.ndarray,
-    wanted: np.ndarray,
-    device: torch.device,
+    model: PreTrainedModel, cache: PATCache, inputs: dict[str, torch.Tensor], wanted: np.ndarray
 ) -> torch.Tensor:
     """One packed forward; logits [len(wanted), vocabulary] of the wanted rows."""
-    inputs = {
-        "input_ids": torch.from_numpy(token)[None].to(device),
-        "position_ids": torch.from_numpy(position)[None].to(device),
-    }
-    keep = torch.from_numpy(wanted).to(device)
     few = model._supports_logits_to_keep()
     if few:
-        # Not every model takes an empty choice, and a compiled one takes one for a case apart.
-        inputs["logits_to_keep"] = torch.cat([keep, keep.new_zeros(max(0, 2 - len(wanted)))])
+        # Not every model takes an empty choice. No tensor: accelerate would move it to the first
+        # layer's device, and the hidden states that it picks from are on the last one's.
+        inputs["logits_to_keep"] = wanted if len(wanted) else np.zeros(1, np.int64)
     out = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits[0]
-    return out[: len(wanted)] if few else out[keep.to(out.device)]
+    return out[: len(wanted)] if few else out[wanted]
 
 
 def _checked_mask(
@@ -183,11 +250,13 @@ def install() -> None:
     """Lets `generate()` prefill a PATCache through `prefill`; other caches go the stock way.
 
     Raises:
-        ImportError: if this version of Transformers has no such step to take over.
+        ImportError: if this version of Transformers has no such steps to take over.
     """
-    stock = getattr(GenerationMixin, "_prefill", None)
+    stock, assisted = (
+        getattr(GenerationMixin, name, None) for name in ("_prefill", "_assisted_decoding")
+    )
     expected = ["self", "input_ids", "generation_config", "model_kwargs", "is_first_iteration"]
-    if stock is None or list(inspect.signature(stock).parameters) != expected:
+    if stock is None or assisted is None or list(inspect.signature(stock).parameters) != expected:
         import transformers
 
         raise ImportError(
@@ -212,8 +281,21 @@ def install() -> None:
         steps = max(0, generation_config.max_length - input_ids.shape[1] - 1)
         compile = not generation_config.disable_compile
         cache.arm(self, steps, compile, _stops(generation_config))
+        mask, embeds, positions = (
+            model_kwargs.get(x) for x in ("attention_mask", "inputs_embeds", "position_ids")
+        )
         reason = _unshareable(input_ids, model_kwargs)
+        if embeds is None and not _whole(input_ids, mask, generation_config):
+            # For the requests that are stored: there is nothing to look for.
+            return stock(self, input_ids, generation_config, model_kwargs, is_first_iteration)
         if reason is not None:
+            if cache.get_seq_length() and positions is not None and positions.ndim == 3:
+                raise ValueError(
+                    f"{type(self).__name__} numbers tokens by the images before them, and "
+                    "generate() has numbered these as if they came behind what this PATCache "
+                    "holds. Call clear() on the cache first, or make a new one."
+                )
+            cache.clear()  # the prompts come whole, and what they share is not looked for
             cache.fallback = reason
             logger.warning_once(f"pat_hf computes each prompt on its own: {reason}.")
             return stock(self, input_ids, generation_config, model_kwargs, is_first_iteration)
@@ -221,10 +303,26 @@ def install() -> None:
             self,
             cache,
             input_ids,
-            model_kwargs.get("attention_mask"),
+            mask,
             generation_config.prefill_chunk_size,
             steps,
+            embeds if is_first_iteration else None,
         )
+
+    @functools.wraps(assisted)
+    def _assisted_decoding(
+        self: PreTrainedModel, input_ids: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, PATCache):
+            cache.check(self)
+            if not _whole(input_ids, kwargs.get("attention_mask"), kwargs["generation_config"]):
+                raise ValueError(
+                    "Assisted decoding and prompt lookup look at the whole prompt, and were given "
+                    "only what is new in it. Pass all of its tokens."
+                )
+            cache.clear()  # there is no prefill: the first step is fed the whole prompt
+        return assisted(self, input_ids, *args, **kwargs)
 
     generate = GenerationMixin.generate
 
@@ -241,6 +339,7 @@ def install() -> None:
 
     _prefill._pat_hf = True
     GenerationMixin._prefill = _prefill
+    GenerationMixin._assisted_decoding = _assisted_decoding
     GenerationMixin.generate = served
     if check := getattr(utils, "DeferredStopCheck", None):  # from 5.17 on
         supported = check.is_supported
@@ -311,16 +410,40 @@ def _unshareable(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> str |
         )
     if model_kwargs.get("output_hidden_states"):
         return "output_hidden_states asks for the states of all prompt tokens"
-    others = [name for name, x in model_kwargs.items() if name not in _PLAIN and x is not None]
-    if tensors := [name for name in others if isinstance(model_kwargs[name], torch.Tensor)]:
-        return f"{', '.join(tensors)} may make equal tokens differ"
+    others = [
+        name for name, x in model_kwargs.items() if name not in _PLAIN and not _says_nothing(x)
+    ]
+    if others == ["mm_token_type_ids"] and not model_kwargs["mm_token_type_ids"].any():
+        others = []  # text alone, as a processor says it
+    if others:
+        return f"{', '.join(others)} may make equal tokens differ"
     given, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
     if given is not None:
         if mask is None:
-            usual = torch.arange(given.shape[-1], device=given.device).expand_as(given)
-            real = torch.ones_like(given, dtype=torch.bool)
+            usual = torch.arange(given.shape[-1], device=given.device).expand(given.shape[-2:])
+            real = torch.ones_like(usual, dtype=torch.bool)
         else:
             usual, real = mask.long().cumsum(-1) - 1, mask.bool()
-        if given.shape != usual.shape or not torch.equal(given[real], usual[real]):
+        # Some models number tokens several times over: in text, in time, in height, in width.
+        if given.shape[-2:] != usual.shape or not (given == usual)[..., real].all():
             return "position_ids are not the tokens' numbers"
     return None
+
+
+def _says_nothing(x: Any) -> bool:
+    """Whether an argument of the forward can't be about single tokens: a switch, or empty."""
+    if x is None or isinstance(x, (bool, int, float, str)):
+        return True
+    return isinstance(x, (dict, list, tuple)) and not x
+
+
+def _whole(
+    input_ids: torch.Tensor, mask: torch.Tensor | None, generation_config: GenerationConfig
+) -> bool:
+    """Whether the prompts come whole, and not only what is new in them."""
+    if mask is not None:
+        length = mask.shape[1]
+    else:
+        # Later versions of Transformers drop a mask of ones, and note how long it was.
+        length = getattr(generation_config, "_mask_length", None) or 0
+    return not length > input_ids.shape[1] > 0

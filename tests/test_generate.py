@@ -383,16 +383,57 @@ def test_the_same_prompts_again_compute_nothing_but_the_last_logits():
     assert cache.prefilled == before
 
 
-def test_inputs_embeds_are_computed_per_request_and_exact():
+@pytest.mark.parametrize(
+    "name, mode, ids",
+    [
+        *(("Llama", mode, "with ids") for mode in MODES),
+        ("Llama", "greedy", "without ids"),
+        ("Gemma", "greedy", "without ids"),
+        ("GPT-2", "beams-4", "without ids"),
+    ],
+)
+def test_inputs_embeds_are_shared_where_they_are_equal(name, mode, ids):
+    stock, pat = pair(name)
+    inputs = batch(BATCHES["two-levels"])
+    kwargs = MODES[mode] | {"max_new_tokens": 12}
+    if ids == "with ids":
+        kwargs |= {"input_ids": inputs["input_ids"]}
+    cache = pat_hf.PATCache(pat, prefill_tokens=50)
+    embeds = stock.get_input_embeddings()(inputs["input_ids"]).detach()
+    # Not what any token looks like: vectors of one prompt, and some that two of them share.
+    torch.manual_seed(0)
+    noise = embeds.std() * torch.randn(9, embeds.shape[-1])
+    embeds[0, -3:], embeds[:2, 90:96] = noise[:3], noise[3:]
+    given = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
+    expected = generate(stock, given, **kwargs)
+    plain = generate(stock, inputs, **MODES[mode] | {"max_new_tokens": 12})
+    assert not torch.equal(expected, plain[:, -expected.shape[1] :])
+    distinct = {
+        tuple(map(bytes, row[real][: i + 1].cpu().numpy()))
+        for row, real in zip(embeds, inputs["attention_mask"].bool(), strict=True)
+        for i in range(real.sum())
+    }
+    for _ in range(2):  # all of it is stored in the second call
+        assert torch.equal(generate(pat, given, cache, **kwargs), expected)
+        assert cache.prefilled == len(distinct) < cache.prompted
+    assert cache.fallback is None
+    # The tokens themselves are something else.
+    assert torch.equal(generate(pat, inputs, cache, **MODES[mode] | {"max_new_tokens": 12}), plain)
+
+
+def test_prompts_that_are_not_packed_on_a_cache_that_is_not_empty():
     stock, pat = pair("Llama")
-    inputs = batch(BATCHES["ragged"])
-    results = []
-    for model, cache in ((stock, None), (pat, pat_hf.PATCache(pat))):
-        embeds = model.model.embed_tokens(inputs["input_ids"])
-        given = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"]}
-        results.append(generate(model, given, cache, do_sample=False))
-    assert torch.equal(*results)
-    assert "inputs_embeds" in cache.report().fallback
+    cache = pat_hf.PATCache(pat)
+    generate(pat, batch(BATCHES["two-levels"]), cache, max_new_tokens=5)
+    kwargs = {"do_sample": False, "output_hidden_states": True, "return_dict_in_generate": True}
+    for prompts in ("ragged", "disjoint", "disjoint"):
+        inputs = batch(BATCHES[prompts])
+        ours = generate(pat, inputs, cache, **kwargs)
+        theirs = generate(stock, inputs, **kwargs)
+        assert torch.equal(ours.sequences, theirs.sequences)
+        for mine, stocks in zip(ours.hidden_states[0], theirs.hidden_states[0], strict=True):
+            real = inputs["attention_mask"].bool()
+            torch.testing.assert_close(mine[real], stocks[real], atol=2e-4, rtol=2e-4)
 
 
 def test_plain_forward_with_several_tokens_and_crop():

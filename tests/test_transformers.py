@@ -1,0 +1,348 @@
+"""What Transformers asks of generation with any cache, and where a PATCache differs from others.
+
+The behaviour that its own tests of generation and caches check, on stock models as the reference.
+"""
+
+import copy
+
+import pytest
+import torch
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxTimeCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation import (
+    GenerateBeamDecoderOnlyOutput,
+    GenerateDecoderOnlyOutput,
+    RepetitionPenaltyLogitsProcessor,
+)
+
+import pat_hf
+
+from .models import batch, pair
+from .test_generate import BATCHES, text
+
+INPUTS = batch(BATCHES["ragged"])
+ROWS, COLUMNS = INPUTS["input_ids"].shape
+CLOSE = {"atol": 2e-4, "rtol": 2e-4}
+NAMES = ["Llama", "Mistral", "GPT-2"]
+
+
+def both(name):
+    """Each model with an empty cache of the kind that it goes with."""
+    stock, pat = pair(name)
+    return (stock, DynamicCache(config=stock.config)), (pat, pat_hf.PATCache(pat, page_size=16))
+
+
+def generate(model, cache, inputs=INPUTS, **kwargs):
+    torch.manual_seed(0)
+    options = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+    return model.generate(**inputs, past_key_values=cache, **options | kwargs)
+
+
+def longer(inputs, sequences):
+    """Inputs of a call that goes on with the sequences of the one before."""
+    mask = inputs["attention_mask"]
+    more = sequences.shape[1] - mask.shape[1]
+    return {
+        "input_ids": sequences,
+        "attention_mask": torch.cat([mask, mask.new_ones(len(mask), more)], 1),
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_going_on_gives_what_one_call_gives(name):
+    _, (pat, cache) = both(name)
+    whole = generate(pat, pat_hf.PATCache(pat), max_new_tokens=9, output_scores=True)
+    first = generate(pat, cache, max_new_tokens=5, output_scores=True)
+    assert first.past_key_values is cache and cache.get_seq_length() == COLUMNS + 4
+    second = generate(
+        pat,
+        first.past_key_values,
+        longer(INPUTS, first.sequences),
+        max_new_tokens=4,
+        output_scores=True,
+    )
+    assert torch.equal(second.sequences, whole.sequences)
+    for ours, theirs in zip(first.scores + second.scores, whole.scores, strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+@pytest.mark.parametrize("prompts", ["ragged", "identical"])  # with and without padding
+@pytest.mark.parametrize("name", NAMES)
+def test_going_on_with_the_new_tokens_alone(name, prompts):
+    prompts = batch(BATCHES[prompts])
+    turn = torch.tensor([text(5, r) for r in range(4)])
+    outs = []
+    for model, cache in both(name):
+        first = generate(model, cache, prompts).sequences
+        inputs = longer(prompts, torch.cat([first, turn], 1))
+        given = inputs | {"input_ids": inputs["input_ids"][:, cache.get_seq_length() :]}
+        outs.append(generate(model, cache, given).sequences)
+    assert torch.equal(*outs)
+    stock, _ = pair(name)
+    assert torch.equal(outs[1][:, -6:], generate(stock, None, inputs).sequences[:, -6:])
+    if prompts["attention_mask"].all():
+        return
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        generate(pair(name)[1], cache, given)
+
+
+def test_assisted_decoding_needs_the_whole_prompt():
+    _, (pat, cache) = both("Llama")
+    first = generate(pat, cache, batch(BATCHES["one"])).sequences
+    given = longer(batch(BATCHES["one"]), first) | {"input_ids": first[:, -1:]}
+    held = cache.tokens
+    with pytest.raises(ValueError, match="only what is new"):
+        generate(pat, cache, given, prompt_lookup_num_tokens=3)
+    assert cache.tokens == held
+
+
+def test_going_on_from_embeddings():
+    stock, pat = pair("Llama")
+    embed = stock.get_input_embeddings()
+    cache = pat_hf.PATCache(pat)
+    given = INPUTS | {"inputs_embeds": embed(INPUTS["input_ids"])}
+    first = generate(pat, cache, given)
+    given = longer(INPUTS, first.sequences)
+    given["inputs_embeds"] = embed(first.sequences)
+    second = generate(pat, cache, given)
+    assert torch.equal(second.sequences, generate(stock, None, max_new_tokens=12).sequences)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_more_padding_on_the_left_changes_nothing(name):
+    _, (pat, cache) = both(name)
+    wide = {key: torch.nn.functional.pad(x, (29, 0)) for key, x in INPUTS.items()}
+    narrow = generate(pat, pat_hf.PATCache(pat), output_logits=True)
+    out = generate(pat, cache, wide, output_logits=True)
+    assert torch.equal(out.sequences[:, 29:], narrow.sequences)
+    for ours, theirs in zip(out.logits, narrow.logits, strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"do_sample": True}, {"num_beams": 3, "num_return_sequences": 2}],
+    ids=["greedy", "samples", "beams"],
+)
+def test_everything_that_a_call_returns(kwargs):
+    kwargs = kwargs | {"output_scores": True, "output_logits": True, "output_hidden_states": True}
+    (stock, dense), (pat, cache) = both("Llama")
+    theirs, ours = generate(stock, dense, **kwargs), generate(pat, cache, **kwargs)
+    beams = "num_beams" in kwargs
+    assert type(ours) is (GenerateBeamDecoderOnlyOutput if beams else GenerateDecoderOnlyOutput)
+    assert ours.keys() == theirs.keys()
+    assert torch.equal(ours.sequences, theirs.sequences)
+    assert ours.past_key_values is cache
+    for name in ("scores", "logits"):
+        torch.testing.assert_close(ours[name], theirs[name], **CLOSE)
+    rows = INPUTS["attention_mask"].bool().repeat_interleave(kwargs.get("num_beams", 1), 0)
+    for step, (mine, stocks) in enumerate(
+        zip(ours.hidden_states, theirs.hidden_states, strict=True)
+    ):
+        for a, b in zip(mine, stocks, strict=True):
+            real = rows if step == 0 else slice(None)
+            torch.testing.assert_close(a[real], b[real], **CLOSE)
+    indices = None
+    if beams:
+        indices = ours.beam_indices
+        assert torch.equal(indices, theirs.beam_indices)
+        torch.testing.assert_close(ours.sequences_scores, theirs.sequences_scores, **CLOSE)
+        sums = pat.compute_transition_scores(ours.sequences, ours.scores, indices).sum(1)
+        torch.testing.assert_close(sums / 6, ours.sequences_scores, **CLOSE)
+
+
+def test_without_a_prompt():
+    outs = [
+        generate(model, cache, {}, bos_token_id=1, num_return_sequences=3, do_sample=True)
+        for model, cache in both("Llama")
+    ]
+    assert torch.equal(outs[0].sequences, outs[1].sequences)
+
+
+@pytest.mark.parametrize(
+    "kwargs, words",
+    [
+        ({"max_length": COLUMNS, "max_new_tokens": None}, "max_length"),
+        ({"cache_implementation": "static"}, "cache_implementation.*past_key_values"),
+        ({"num_beams": 2, "low_memory": True}, "low_memory"),
+        ({"num_beams": 2, "streamer": object()}, "streamer"),
+        ({"num_return_sequences": 2}, "num_return_sequences"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else None,
+)
+def test_what_generate_refuses_with_any_cache(kwargs, words):
+    for model, cache in both("Llama"):
+        with pytest.raises(ValueError, match=words):
+            generate(model, cache, **kwargs)
+        assert cache.get_seq_length() == 0
+
+
+def test_processors_and_criteria_of_ones_own():
+    seen = []
+
+    class Own(RepetitionPenaltyLogitsProcessor):
+        def __call__(self, ids, scores):
+            seen.append(tuple(ids.shape))
+            return super().__call__(ids, scores)
+
+    def at_length(ids, scores):
+        return ids[:, -1] % 5 == 0
+
+    outs = []
+    for model, cache in both("Llama"):
+        outs.append(
+            generate(
+                model,
+                cache,
+                logits_processor=LogitsProcessorList([Own(1.5)]),
+                stopping_criteria=StoppingCriteriaList([at_length, MaxTimeCriteria(3600)]),
+                max_new_tokens=20,
+                eos_token_id=90,
+            ).sequences
+        )
+    assert torch.equal(*outs)
+    assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+
+
+def test_one_cache_for_calls_of_all_kinds():
+    """Batches of other sizes and modes, one after the other: each as on a cache of its own."""
+    (stock, _), (pat, cache) = both("Llama")
+    calls = [
+        ("two-levels", {"num_beams": 3}),
+        ("ragged", {"do_sample": True, "num_return_sequences": 3}),
+        ("one", {"prompt_lookup_num_tokens": 3}),
+        ("disjoint", {}),
+        ("two-levels", {"prefill_chunk_size": 16}),
+        ("one", {"assistant_model": pair("Qwen3")[1]}),
+        ("prefix-of-another", {"num_beams": 2, "num_return_sequences": 2}),
+        ("ragged", {"max_new_tokens": 1}),
+        ("ragged", {"generation_config": GenerationConfig(max_new_tokens=3, top_k=5)}),
+    ]
+    for prompts, kwargs in calls:
+        inputs = batch(BATCHES[prompts])
+        expected = generate(stock, None, inputs, **kwargs).sequences
+        assert torch.equal(generate(pat, cache, inputs, **kwargs).sequences, expected), kwargs
+
+
+def test_a_prefix_is_copied_for_each_prompt():
+    """The recipe of Transformers' documentation for a system prompt."""
+    prefix = BATCHES["identical"][:1]
+    ends = [text(n, 70 + n) for n in (3, 11)]
+    for model, cache in both("Mistral"):
+        with torch.no_grad():
+            model(**batch(prefix), past_key_values=cache)
+        outs = [
+            generate(model, copy.deepcopy(cache), batch([prefix[0] + end])).sequences
+            for end in ends
+        ]
+        assert cache.get_seq_length() == len(prefix[0])
+        plain = [generate(model, None, batch([prefix[0] + end])).sequences for end in ends]
+        assert all(map(torch.equal, outs, plain))
+
+
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def test_the_batch_is_rearranged_as_in_a_dynamic_cache(name):
+    logits = []
+    for model, cache in both(name):
+        generate(model, cache)
+        mask = longer(INPUTS, torch.empty(ROWS, cache.get_seq_length()))["attention_mask"]
+        rows = torch.arange(ROWS)
+        for change, argument, chosen in (
+            ("reorder_cache", torch.tensor([3, 1, 1, 0]), [3, 1, 1, 0]),
+            ("batch_repeat_interleave", 2, [0, 0, 1, 1, 2, 2, 3, 3]),
+            ("batch_select_indices", torch.tensor([7, 0, 3]), [7, 0, 3]),
+            ("crop", -3, [0, 1, 2]),
+        )[: 4 if name == "Llama" else 3]:  # a stock cache with windows can't be cropped
+            getattr(cache, change)(argument)
+            rows = rows[chosen]
+            mask = mask[chosen]
+            if change == "crop":
+                mask = mask[:, :argument]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
+            place = mask.sum(1, keepdim=True) - 1
+            tokens = 2 + torch.arange(len(rows))[:, None]
+            out = model(tokens, attention_mask=mask, position_ids=place, past_key_values=cache)
+            logits.append(out.logits)
+    half = len(logits) // 2
+    for ours, theirs in zip(logits[half:], logits[:half], strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+def test_figures_of_a_cache():
+    for steps in range(3):
+        figures = []
+        for model, cache in both("Llama"):
+            if steps:
+                generate(model, cache, max_new_tokens=steps)
+            figures.append(
+                (
+                    len(cache),
+                    *(cache.get_seq_length(layer) for layer in range(3)),
+                    *(cache.get_mask_sizes(2, layer) for layer in range(3)),
+                    cache.get_query_offset(),
+                    cache.get_max_length(),
+                    cache.is_initialized,
+                    cache.is_sliding,
+                    cache.is_linear,
+                    getattr(cache, "is_croppable", True),  # from 5.17 on
+                )
+            )
+            lengths = []
+            for count in (0, -1, -2, -1000) if steps else ():
+                cache.crop(count)
+                lengths.append(cache.get_seq_length())
+            figures[-1] += (lengths,)
+            cache.reset()
+            assert cache.get_seq_length() == 0 and cache.batch_size == -1
+        assert figures[0] == figures[1]
+
+
+# Where it differs: the README lists these.
+
+
+def test_layers_are_not_to_be_had_as_tensors():
+    (_, dense), (pat, cache) = both("Llama")
+    generate(pat, cache)
+    assert cache.layers == []
+    for access in (iter, lambda cache: cache[0]):
+        with pytest.raises(TypeError, match="PATCache"):
+            access(cache)
+    iter(dense)
+
+
+def test_a_prompt_that_is_not_the_one_before_is_not_taken_for_its_continuation():
+    (stock, dense), (pat, cache) = both("Llama")
+    other = batch([text(COLUMNS + 9, r) for r in range(ROWS)])
+    expected = generate(stock, None, other).sequences
+    for model, used, same in ((stock, dense, False), (pat, cache, True)):
+        generate(model, used)
+        assert torch.equal(generate(model, used, other).sequences, expected) == same
+
+
+def test_windows_keep_their_tokens():
+    """So that it can always be cropped."""
+    (stock, dense), (pat, cache) = both("Mistral")
+    for model, used in ((stock, dense), (pat, cache)):
+        generate(model, used)
+    assert all(dense.is_sliding) and not any(cache.is_sliding)
+    with pytest.raises(RuntimeError):
+        dense.crop(-20)
+    cache.crop(-20)
+    assert cache.get_seq_length() == COLUMNS + 5 - 20
+
+
+def test_no_gradients_through_stored_tokens():
+    (stock, dense), (pat, cache) = both("Llama")
+    for model, used, flows in ((stock, dense, True), (pat, cache, False)):
+        ids = INPUTS["input_ids"][:, -4:]
+        embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model(inputs_embeds=embeds, past_key_values=used)
+        with torch.enable_grad():
+            loss = model(ids[:, :1], past_key_values=used).logits.sum()
+        (grad,) = torch.autograd.grad(loss, embeds, allow_unused=True)
+        assert (grad is not None) == flows
