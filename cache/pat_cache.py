@@ -603,14 +603,15 @@ class PATCache(Cache):
         node = np.full((batch, length), -1, np.int32)
         pages = np.full((batch, length), SINK)
         slots = np.zeros((batch, length), np.int64)
-        room = size - 1
-        for request, leaf in leaves.items():
-            row = real[request]
-            inside = position[request, row] - leaf.start
-            node[request, row] = order.index[leaf]
-            pages[request, row] = np.array(leaf.pages)[inside // size]
-            slots[request, row] = inside % size
-            room = min(room, len(leaf.pages) * size - leaf.length)
+        grown = list(leaves.values())
+        which = np.repeat(np.arange(len(grown)), counts[list(leaves)])  # of each token, its leaf
+        held = np.concatenate([leaf.pages for leaf in grown] or [[]]).astype(np.int64)
+        begin = np.cumsum([0, *(len(leaf.pages) for leaf in grown)])[which]
+        inside = position[real] - np.array([leaf.start for leaf in grown], np.int64)[which]
+        node[real] = np.array([order.index[leaf] for leaf in grown], np.int32)[which]
+        pages[real] = held[begin + inside // size]
+        slots[real] = inside % size
+        room = min((len(leaf.pages) * size - leaf.length for leaf in grown), default=size - 1)
         # A pad has no leaf to advance; the next step plans anew.
         self._room = room if length == 1 and len(leaves) == alive.sum() else 0
         plan = self.plan(order, node.ravel(), position.ravel(), device)
