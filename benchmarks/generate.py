@@ -30,6 +30,7 @@ import torch
 import transformers
 from transformers import (
     AutoModelForCausalLM,
+    GenerationConfig,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -38,6 +39,7 @@ from transformers import (
 )
 
 import pat_hf
+from pat_hf.cache.prefix_tree import PrefixTree
 
 # name: (nodes on each level, tokens of each, new tokens)
 WORKLOADS = {
@@ -156,30 +158,28 @@ MODES = {
     },
     "dynamic": ("sdpa", lambda model: None, {}),
     "static": ("sdpa", lambda model: None, {"cache_implementation": "static"}),
+    "continuous": ("paged|sdpa", None, {}),
 }
 
 
-def measure(
-    model: PreTrainedModel,
-    prompts: torch.Tensor,
-    new_tokens: int,
-    mode: str,
-    repeat: int,
-    warm_up: bool,
-) -> dict[str, object]:
-    """One row: seconds to the first token, ms per further one, tokens/s, peak GB."""
-    attention, make_cache, kwargs = MODES[mode]
-    model.set_attn_implementation(attention)
-    ttft, tpot, first_call, peak = [], [], None, 0
+def call(model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, mode: str) -> dict:
+    """One generation: seconds to the first token of every request and to the end, peak bytes."""
+    _, make_cache, kwargs = MODES[mode]
     cuda = prompts.is_cuda
-    for call in range(repeat + warm_up):
-        gc.collect()
-        if cuda:
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-            torch.cuda.synchronize()
-        clock = Clock()
-        start = time.perf_counter()
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    clock, pages = Clock(), 0
+    start = time.perf_counter()
+    if make_cache is None:
+        config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=-1)
+        results = model.generate_batch(
+            prompts.tolist(), generation_config=config, record_timestamps=True
+        )
+        clock.times = [max(result.timestamps[0] for result in results.values())]
+    else:
         cache = make_cache(model)
         model.generate(
             prompts,
@@ -192,31 +192,64 @@ def measure(
             stopping_criteria=[clock],
             **kwargs,
         )
-        if cuda:
-            torch.cuda.synchronize()
-        end = time.perf_counter()
-        if cuda:
-            # PyTorch doesn't count the pages of a PATCache.
-            pages = cache.pool.memory.mapped if isinstance(cache, pat_hf.PATCache) else 0
-            peak = max(peak, torch.cuda.max_memory_allocated() + pages)
-        del cache
-        if call == 0:
-            first_call = round(end - start, 3)
-            if warm_up:
-                continue
-        ttft.append(clock.times[0] - start)
-        tpot.append((end - clock.times[0]) / (new_tokens - 1))
-    step = statistics.median(tpot)
+        if cuda and cache is not None:
+            pages = cache.pool.memory.mapped  # PyTorch doesn't count them
+    if cuda:
+        torch.cuda.synchronize()
+    return {
+        "ttft": clock.times[0] - start,
+        "end": time.perf_counter() - start,
+        "peak": torch.cuda.max_memory_allocated() + pages if cuda else 0,
+    }
+
+
+def measure(
+    model: PreTrainedModel,
+    prompts: torch.Tensor,
+    new_tokens: int,
+    mode: str,
+    repeat: int,
+    warm_up: bool,
+) -> dict[str, object]:
+    """One row: seconds to the first token, ms per further one, tokens/s, peak GB.
+
+    `floor_ms` is the time to read the weights, without the embedding table, and every distinct
+    prompt token's K and V once.
+    """
+    model.set_attn_implementation(MODES[mode][0])
+    calls = [call(model, prompts, new_tokens, mode) for _ in range(repeat + warm_up)]
+    counted = calls[warm_up:]
+    ttft = statistics.median(c["ttft"] for c in counted)
+    step = statistics.median((c["end"] - c["ttft"]) / (new_tokens - 1) for c in counted)
+    cuda = prompts.is_cuda
+    floor = floor_ms(model, prompts)
     return {
         "batch": len(prompts),
         "prompt_tokens": prompts.shape[1],
         "new_tokens": new_tokens,
-        "ttft_s": round(statistics.median(ttft), 4),
+        "ttft_s": round(ttft, 4),
         "tpot_ms": round(step * 1e3, 3),
         "decode_tokens_s": round(len(prompts) / step, 1),
-        "first_call_s": first_call,
-        "peak_gb": round(peak / 1e9, 2) if cuda else None,
+        "first_call_s": round(calls[0]["end"], 3),
+        "peak_gb": round(max(c["peak"] for c in calls) / 1e9, 2) if cuda else None,
+        "floor_ms": round(floor, 3) if cuda else None,
+        "floor_share": round(floor / step / 1e3, 3) if cuda else None,
     }
+
+
+def floor_ms(model: PreTrainedModel, prompts: torch.Tensor) -> float:
+    """What a decode step has to read at least, at 4.3 TB/s."""
+    config = model.config
+    weights = sum(x.numel() * x.element_size() for x in model.parameters())
+    if not config.tie_word_embeddings:
+        embeddings = model.get_input_embeddings().weight
+        weights -= embeddings.numel() * embeddings.element_size()
+    tree = PrefixTree()
+    for row in prompts.tolist():
+        tree.insert(row)
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * dim * model.dtype.itemsize
+    return (weights + token * sum(node.length for node in tree)) / 4.3e12 * 1e3
 
 
 def table(rows: list[dict]) -> str:
