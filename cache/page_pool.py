@@ -15,7 +15,15 @@ SINK = 0  # the page that takes the writes of padding tokens; no plan reads it
 
 
 class PoolExhausted(RuntimeError):
-    """More pages were asked for than `max_tokens` allows. Nothing has been taken or changed."""
+    """More pages were asked for than `max_tokens` allows. Nothing has been taken or changed.
+
+    Attributes:
+        missing: how many pages too many.
+    """
+
+    def __init__(self, message: str, missing: int = 0):
+        super().__init__(message)
+        self.missing = missing
 
 
 class Layer(NamedTuple):
@@ -75,7 +83,8 @@ class PagePool:
         if self.limit is not None and size - 1 > self.limit:
             raise PoolExhausted(
                 f"{self.used} of {self.limit} pages of {self.page_size} tokens are in use and "
-                f"{count} more are needed."
+                f"{count} more are needed.",
+                missing=size - 1 - self.limit,
             )
         for index, layer in self.layers.items():
             self.layers[index] = Layer(*(_enlarged(tensor, size) for tensor in layer))
@@ -164,7 +173,7 @@ class PagePool:
     def split(self, node: Node, at: int) -> list[int] | None:
         """Takes the pages of the first `at` tokens off a node and returns them.
 
-        The rest moves to pages of its own where the cut is inside a page.
+        The rest moves to the beginnings of its pages where the cut is inside a page.
         """
         if node.pages is None:
             return None
@@ -172,9 +181,12 @@ class PagePool:
         if part == 0:
             node.pages = held[whole:]
             return held[:whole]
-        count = self.pages(node.length - at)
+        rest = held[whole + 1 :]
+        own = [page for page in rest if self.references[page] == 1]
+        count = self.pages(node.length - at) - len(own)
         self.reserve(count)
-        node.pages = [self._take() for _ in range(count)]
+        self._release([page for page in rest if self.references[page] > 1])
+        node.pages = own + [self._take() for _ in range(count)]
         target = np.arange(node.length - at)
         source = target + at
         for tensor in self._tensors():
@@ -188,7 +200,6 @@ class PagePool:
                 for x in (np.array(node.pages)[target // self.page_size], target % self.page_size)
             )
             tensor[page, :, slot] = tokens
-        self._release(held[whole + 1 :])
         return held[: whole + 1]
 
     def fork(self, original: Node, copy: Node) -> None:
@@ -203,6 +214,32 @@ class PagePool:
             keep = self.pages(node.length)
             self._release(node.pages[keep:])
             node.pages = node.pages[:keep]
+
+    def drop(self, node: Node) -> None:
+        """Gives back all pages of a node, as if it had never been stored."""
+        self._release(node.pages or [])
+        node.pages = None
+
+    def check(self, nodes: Iterable[Node]) -> None:
+        """Makes sure that every page is free or held, as often as it is counted.
+
+        Args:
+            nodes: all that have pages here.
+
+        Raises:
+            AssertionError: if not, with the pages that are wrong.
+        """
+        held = Counter(page for node in nodes for page in node.pages or ())
+        held[SINK] += 1
+        free = Counter(self._free)
+        for page, references in enumerate(self.references.tolist()):
+            if held[page] != references or free[page] != (references == 0):
+                raise AssertionError(
+                    f"Page {page} is held by {held[page]} nodes, counted {references} times and "
+                    f"{free[page]} times among the free ones."
+                )
+        if unknown := (held.keys() | free.keys()) - set(range(len(self.references))):
+            raise AssertionError(f"Pages {sorted(unknown)} don't exist.")
 
     def _take(self) -> int:
         page = self._free.pop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
+from pat_hf import adapters
 from pat_hf.cache.page_pool import SINK
 from pat_hf.cache.pat_cache import PATCache, Step
 
@@ -32,7 +34,7 @@ def prefill(
     """Makes the prompts the batch of `cache`, computing only tokens that it doesn't hold.
 
     The tokens of all nodes are packed into rows of one sequence, each at its own position and
-    each attending to its own prefix.
+    each attending to its own prefix; those of different adapters into one each.
 
     Args:
         model: the model that `cache` is for.
@@ -57,8 +59,12 @@ def prefill(
     token, position, node, page, slot = [], [], [], [], []
     row_of = {}  # the row whose logits continue the requests that end at a node
     rows = 0
+    request_of = {cache.prefixes.root(r): r for r in range(len(cache.prefixes))}
+    bounds: dict[int, int] = {}  # where the rows of a root begin: one of its requests
     size = cache.pool.page_size
     for index, each in enumerate(order.nodes):
+        if each.start == 0:
+            root = each.parent
         if each in missing:
             inside = np.arange(each.length)
             token.append(each.tokens)
@@ -72,6 +78,7 @@ def prefill(
             slot.append(np.array([0]))
         else:
             continue
+        bounds.setdefault(request_of[root], rows)
         position.append(each.start + inside)
         node.append(np.full(len(inside), index, np.int32))
         rows += len(inside)
@@ -84,15 +91,15 @@ def prefill(
     chunk = chunk or cache.prefill_tokens
     logits = []
     try:
-        for first in range(0, rows, chunk):
-            part = slice(first, min(first + chunk, rows))
-            count = part.stop - first
+        for first, stop, request in _parts(bounds, rows, chunk):
+            part = slice(first, stop)
             plan = cache.plan(order, node[part], position[part], device, ahead=0)
-            cache.announce(Step(plan, device, 1, count, page[part], slot[part], columns=0))
-            wanted = ends[(ends >= first) & (ends < part.stop)] - first
-            logits.append(_logits(model, cache, token[part], position[part], wanted, device))
+            cache.announce(Step(plan, device, 1, stop - first, page[part], slot[part], columns=0))
+            wanted = ends[(ends >= first) & (ends < stop)] - first
+            with adapters.only(cache.tuned, request):
+                logits.append(_logits(model, cache, token[part], position[part], wanted, device))
     except BaseException:
-        cache.clear()  # nodes without K and V must not be taken for stored ones
+        cache.forget(missing)  # nodes without K and V must not be taken for stored ones
         raise
     finally:
         cache.announce(None)
@@ -103,6 +110,14 @@ def prefill(
         logits=logits.index_select(0, request.to(logits.device))[:, None],
         past_key_values=cache,
     )
+
+
+def _parts(bounds: dict[int, int], rows: int, chunk: int) -> Iterator[tuple[int, int, int]]:
+    """Rows of one forward each, from and to, and a request that has their adapter."""
+    stops = [*bounds.values(), rows][1:]
+    for (request, begin), stop in zip(bounds.items(), stops, strict=True):
+        for first in range(begin, stop, chunk):
+            yield first, min(first + chunk, stop), request
 
 
 def _logits(
@@ -205,8 +220,12 @@ def install() -> None:
         cache.check(self)
         cache.watch(self)
         reason = _unshareable(input_ids, model_kwargs)
+        if reason is None and adapters.positional(cache.tuned):
+            reason = "an adapter begins inside the prompts (aLoRA)"
         if reason is not None:
-            cache.fallback = reason
+            cache.clear()
+            # Whatever may make equal tokens differ, nothing is shared with these.
+            cache.fallback, cache.opaque = reason, True
             logger.warning_once(f"pat_hf computes each prompt on its own: {reason}.")
             return stock(self, input_ids, generation_config, model_kwargs, is_first_iteration)
         return prefill(
@@ -220,6 +239,20 @@ def install() -> None:
 
     _prefill._pat_hf = True
     GenerationMixin._prefill = _prefill
+
+    assist = GenerationMixin._assisted_decoding
+
+    @functools.wraps(assist)
+    def _assisted_decoding(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, PATCache):
+            # It has no prefill of its own, and feeds the whole prompt behind what is there.
+            cache.check(self)
+            cache.watch(self)
+            cache.clear()
+        return assist(self, *args, **kwargs)
+
+    GenerationMixin._assisted_decoding = _assisted_decoding
 
 
 def _unshareable(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> str | None:

@@ -128,7 +128,7 @@ class Batch:
         nodes = list(tree)
         seen = set()
         for node in nodes:
-            assert node.parent is tree.root or node.parent in seen
+            assert node.parent in tree.roots.values() or node.parent in seen
             seen.add(node)
             assert node.length > 0 and node.start == node.parent.end
             assert node.parent.children[node.key] is node
