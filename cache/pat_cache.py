@@ -344,14 +344,15 @@ class PATCache(Cache):
         ]
         self._withdraw()
         self._label()
-        self._check_room(prompts)
+        least = self._least_pages(prompts)
         try:
             self._share(prompts)
-            fits = self.pool.limit is None or self._pages(self.prefixes.live()) <= self.pool.limit
+            pages = self._pages(self.prefixes) - self._pages(self.prefixes.idle())
         except PoolExhausted:
-            fits = False
-        if not fits:
-            # What is stored cuts the prompts into more nodes, and so pages, than they need.
+            pages = None
+        room = len(prompts) * self.pool.pages(ahead)
+        if pages is None or pages > least and pages + room > self.pool.limit:
+            # What is stored cuts the prompts into more nodes, and so pages, than there is room for.
             self._forget()
             self.evicted += sum(self.prefixes.evict())
             self._share(prompts)
@@ -390,10 +391,14 @@ class PATCache(Cache):
             raise
         self.prefixes.select(range(first, len(self.prefixes)), keep=True)
 
-    def _check_room(self, prompts: Iterable[tuple[np.ndarray, Hashable]]) -> None:
-        """Raises PoolExhausted if the prompts don't fit even with nothing but pins beside them."""
+    def _least_pages(self, prompts: Iterable[tuple[np.ndarray, Hashable]]) -> float:
+        """Pages that the prompts take with nothing but pins beside them; infinite without a limit.
+
+        Raises:
+            PoolExhausted: if that is more than the limit.
+        """
         if self.pool.limit is None:
-            return
+            return np.inf
         alone = self.prefixes.copy()
         alone.cut()
         alone.select([])
@@ -410,6 +415,7 @@ class PATCache(Cache):
                 f"{pages * self.pool.page_size:,} or more, or give fewer or shorter prompts. "
                 f"{self._holdings()}"
             )
+        return pages
 
     def _families(self, batch: int) -> list[Hashable]:
         """What the adapters are that compute each row now."""

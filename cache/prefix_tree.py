@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Iterable, Iterator, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence, Set
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -139,7 +139,11 @@ class PrefixTree:
     def live(self) -> list[Node]:
         """Nodes that requests pass through, in the same order."""
         held = _ancestry(self.ends)
-        return [node for root in self.roots.values() for node in _below(root, held)]
+        return [
+            node
+            for root in self.roots.values()
+            for node in _below(root, stop=lambda node: node not in held)
+        ]
 
     def idle(self) -> list[Node]:
         """Nodes that no request passes through, and no pinned prompt, in the same order."""
@@ -423,7 +427,8 @@ class PrefixTree:
         held = self._held()
         if nodes[-1].end == len(tokens):
             nodes[-1].ended = False
-            nodes += _below(nodes[-1])
+            # What lies below another prompt's end is that prompt's.
+            nodes += _below(nodes[-1], stop=lambda node: node.ended)
         dropped = 0
         for node in nodes[::-1]:
             if not node.children and not node.ended and node not in held:
@@ -498,12 +503,12 @@ def _ancestry(ends: Iterable[Node]) -> set[Node]:
     return held
 
 
-def _below(node: Node, among: Set[Node] | None = None) -> Iterator[Node]:
-    """The nodes below, parents first, every subtree contiguous; only those `among`, if given."""
+def _below(node: Node, stop: Callable[[Node], bool] = lambda node: False) -> Iterator[Node]:
+    """The nodes below, parents first, every subtree contiguous; nothing from where it stops."""
     stack = list(node.children.values())[::-1]
     while stack:
         node = stack.pop()
-        if among is None or node in among:
+        if not stop(node):
             yield node
             stack.extend(list(node.children.values())[::-1])
 
