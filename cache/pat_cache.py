@@ -286,10 +286,16 @@ class PATCache(Cache):
         generated = self._columns - self._mask.shape[1]
         for request in range(len(self.prefixes)):
             tokens = min(generated, count) + int(self._mask[request, keep:].sum())
-            self.prefixes.truncate(request, tokens)
+            keep_tokens = self.prefixes.length(request) - tokens
+            self._with_room(lambda r=request, n=keep_tokens: self._shorten(r, n))
         self._fed = [ids[:, : max(0, generated - count)] for ids in self._fed_together()]
         self._columns, self._mask = keep, mask
         self._step = None
+        if self.keep_bytes is not None:
+            self._trim()
+
+    def _shorten(self, request: int, length: int) -> None:
+        self.prefixes.truncate(request, self.prefixes.length(request) - length)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Makes requests `beam_idx` the batch; shared pages are passed on by reference."""
@@ -480,8 +486,8 @@ class PATCache(Cache):
                 return
             if self._step is None or self._step.columns:
                 self._fed.append(kwargs.get("input_ids"))
-                if self._tuned and self._families(len(self.families)) != self.families:
-                    self.opaque = True
+                if self._tuned and self.families:
+                    self.opaque |= self._families(len(self.families)) != self.families
 
         hook = model.register_forward_pre_hook(note, with_kwargs=True)
         self._watch = weakref.finalize(self, hook.remove)
@@ -842,7 +848,7 @@ class PATCache(Cache):
         """
         cache = cls(model, **options)
         archive.read(path, cache.prefixes, cache.pool, cache._model())
-        if "keep_bytes" not in options:
+        if cache.keep_bytes is None:
             cache.keep_bytes = cache._pages(cache.prefixes) * cache._page_bytes
         cache._trim()
         return cache

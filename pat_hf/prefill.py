@@ -223,7 +223,10 @@ def install() -> None:
         if reason is None and adapters.positional(cache.tuned):
             reason = "an adapter begins inside the prompts (aLoRA)"
         if reason is not None:
-            cache.clear()
+            embeds, mask = model_kwargs.get("inputs_embeds"), model_kwargs.get("attention_mask")
+            given = input_ids if embeds is None else embeds
+            if mask is None or mask.shape[1] == given.shape[1]:
+                cache.clear()  # the whole texts are given, not what follows the last call's
             # Whatever may make equal tokens differ, nothing is shared with these.
             cache.fallback, cache.opaque = reason, True
             logger.warning_once(f"pat_hf computes each prompt on its own: {reason}.")
