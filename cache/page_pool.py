@@ -73,6 +73,8 @@ class PagePool:
     def reserve(self, count: int) -> None:
         """Makes sure that `count` pages are free, enlarging the tensors once.
 
+        A pool in use grows by an eighth at least, which keeps copies of what it holds rare.
+
         Raises:
             PoolExhausted: if the limit doesn't allow it.
         """
@@ -86,6 +88,10 @@ class PagePool:
                 f"{count} more are needed.",
                 missing=size - 1 - self.limit,
             )
+        if self.used:
+            eighth = len(self.references) + len(self.references) // 8
+            size = max(size, eighth if self.limit is None else min(eighth, self.limit + 1))
+            missing = size - len(self.references)
         for index, layer in self.layers.items():
             self.layers[index] = Layer(*(_enlarged(tensor, size) for tensor in layer))
         # Last: should memory run out above, the pages are as many as they were.
@@ -113,12 +119,7 @@ class PagePool:
                 page = held[stored // self.page_size]
                 needed += int(self.references[page]) - sharers[page] > 1
                 sharers[page] += 1
-        if needed > len(self._free):
-            # Decoding asks for a little at a time: an eighth more keeps copies rare.
-            room = len(self.references) // 8
-            if self.limit is not None:
-                room = min(room, self.limit - self.used - needed)
-            self.reserve(needed + max(room, 0) if self.used else needed)
+        self.reserve(needed)
         copies: dict[int, int] = {}
         for node, stored in nodes:
             if node.pages is None:

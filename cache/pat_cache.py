@@ -368,11 +368,10 @@ class PATCache(Cache):
             nodes = self.prefixes.live()
             missing = [node for node in nodes if node.pages is None]
             pages = self._pages(missing)
-            self._with_room(lambda: self.pool.reserve(pages))
             ahead = len(self.prefixes) * self.pool.pages(min(ahead, _AHEAD))
-            if self.pool.limit is not None:
-                ahead = min(ahead, self.pool.limit - self.pool.used - pages)
-            self.pool.reserve(pages + ahead)
+            if self.pool.limit is not None:  # nothing is evicted only for what may be generated
+                ahead = max(0, min(ahead, self.pool.limit - self.pool.used - pages))
+            self._with_room(lambda: self.pool.reserve(pages + ahead))
             self.pool.extend([(node, 0) for node in missing])
         except BaseException:
             self._forget()  # the device's own memory ran out; no request may be without pages
