@@ -101,7 +101,7 @@ def test_plain_forwards_under_another_adapter_are_not_kept(models):
     same(models, cache, [SYSTEM])
     pat.set_adapter(NAMES[1])
     more = text(5, 3)
-    pat(torch.tensor([more]), past_key_values=cache)
+    pat.get_base_model()(input_ids=torch.tensor([more]), past_key_values=cache)
     pat.set_adapter(NAMES[0])
     assert same(models, cache, [generate(stock, [SYSTEM])[0, :-1].tolist() + more]) == 7 + 5
 

@@ -116,6 +116,14 @@ def test_idle_leaves_are_evicted_by_their_last_use():
     assert list(batch.tree.evict()) == [1]
 
 
+def test_a_prompt_that_is_found_whole_is_used():
+    batch = Batch()
+    for prompt in ([1, 2, 2], [1, 3, 3, 3], [4] * 5, [1, 2, 2]):
+        batch.insert(prompt)
+    batch.select([], keep=True)
+    assert list(batch.tree.evict()) == [3, 5, 2, 1]
+
+
 def test_drop_takes_answers_and_leaves_other_prompts():
     batch = Batch()
     batch.insert([1, 2, 3])
