@@ -17,7 +17,15 @@ SINK = 0  # the page that takes the writes of padding tokens; no plan reads it
 
 
 class PoolExhausted(RuntimeError):
-    """More pages were asked for than `max_tokens` allows. Nothing has been taken or changed."""
+    """More pages were asked for than `max_tokens` allows. Nothing has been taken or changed.
+
+    Attributes:
+        missing: how many pages too many.
+    """
+
+    def __init__(self, message: str, missing: int = 0):
+        super().__init__(message)
+        self.missing = missing
 
 
 class Layer(NamedTuple):
@@ -85,6 +93,8 @@ class PagePool:
     def reserve(self, count: int) -> None:
         """Makes sure that `count` pages are free, enlarging every layer once.
 
+        A pool in use grows by an eighth at least, which keeps copies of what it holds rare.
+
         Raises:
             PoolExhausted: if the limit doesn't allow it.
         """
@@ -95,8 +105,13 @@ class PagePool:
         if self.limit is not None and size - 1 > self.limit:
             raise PoolExhausted(
                 f"{self.used} of {self.limit} pages of {self.page_size} tokens are in use and "
-                f"{count} more are needed."
+                f"{count} more are needed.",
+                missing=size - 1 - self.limit,
             )
+        if self.used:
+            eighth = len(self.references) + len(self.references) // 8
+            size = max(size, eighth if self.limit is None else min(eighth, self.limit + 1))
+            missing = size - len(self.references)
         for index, layer in self.layers.items():
             self.layers[index] = self._layer(index, size, *layer)
         # Last: should memory run out above, the pages are as many as they were.
@@ -124,12 +139,7 @@ class PagePool:
                 page = held[stored // self.page_size]
                 needed += int(self.references[page]) - sharers[page] > 1
                 sharers[page] += 1
-        if needed > len(self._free):
-            # Decoding asks for a little at a time: an eighth more keeps copies rare.
-            room = len(self.references) // 8
-            if self.limit is not None:
-                room = min(room, self.limit - self.used - needed)
-            self.reserve(needed + max(room, 0) if self.used else needed)
+        self.reserve(needed)
         copies: dict[int, int] = {}
         for node, stored in nodes:
             if node.pages is None:
@@ -193,7 +203,7 @@ class PagePool:
     def split(self, node: Node, at: int) -> list[int] | None:
         """Takes the pages of the first `at` tokens off a node and returns them.
 
-        The rest moves to pages of its own where the cut is inside a page.
+        The rest moves to the beginnings of its pages where the cut is inside a page.
         """
         if node.pages is None:
             return None
@@ -201,9 +211,12 @@ class PagePool:
         if part == 0:
             node.pages = held[whole:]
             return held[:whole]
-        count = self.pages(node.length - at)
+        rest = held[whole + 1 :]
+        own = [page for page in rest if self.references[page] == 1]
+        count = self.pages(node.length - at) - len(own)
         self.reserve(count)
-        node.pages = [self._take() for _ in range(count)]
+        self._release([page for page in rest if self.references[page] > 1])
+        node.pages = own + [self._take() for _ in range(count)]
         target = np.arange(node.length - at)
         source = target + at
         for tensor in self._tensors():
@@ -217,7 +230,6 @@ class PagePool:
                 for x in (np.array(node.pages)[target // self.page_size], target % self.page_size)
             )
             tensor[page, :, slot] = tokens
-        self._release(held[whole + 1 :])
         return held[: whole + 1]
 
     def fork(self, original: Node, copy: Node) -> None:
@@ -232,6 +244,32 @@ class PagePool:
             keep = self.pages(node.length)
             self._release(node.pages[keep:])
             node.pages = node.pages[:keep]
+
+    def drop(self, node: Node) -> None:
+        """Gives back all pages of a node, as if it had never been stored."""
+        self._release(node.pages or [])
+        node.pages = None
+
+    def check(self, nodes: Iterable[Node]) -> None:
+        """Makes sure that every page is free or held, as often as it is counted.
+
+        Args:
+            nodes: all that have pages here.
+
+        Raises:
+            AssertionError: if not, with the pages that are wrong.
+        """
+        held = Counter(page for node in nodes for page in node.pages or ())
+        held[SINK] += 1
+        free = Counter(self._free)
+        for page, references in enumerate(self.references.tolist()):
+            if held[page] != references or free[page] != (references == 0):
+                raise AssertionError(
+                    f"Page {page} is held by {held[page]} nodes, counted {references} times and "
+                    f"{free[page]} times among the free ones."
+                )
+        if unknown := (held.keys() | free.keys()) - set(range(len(self.references))):
+            raise AssertionError(f"Pages {sorted(unknown)} don't exist.")
 
     def _take(self) -> int:
         page = self._free.pop()

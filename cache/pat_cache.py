@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import Cache, PretrainedConfig, PreTrainedModel
 
+from pat_hf import adapters
+from pat_hf.cache import archive
 from pat_hf.cache.page_pool import SINK, PagePool, PoolExhausted
 from pat_hf.cache.prefix_tree import Node, PrefixTree, Preorder
 from pat_hf.cache.report import Report, draw
@@ -18,6 +23,7 @@ from pat_hf.graphs import MODES, Decoder, lease
 from pat_hf.kernels.ops import backend
 from pat_hf.kernels.plan import Heads, Machine, Nodes, Plan, make_plan
 
+_T = TypeVar("_T")
 _AHEAD = 512  # new tokens of a request that pages are reserved for; longer answers add to them
 _NEVER = np.iinfo(np.int64).max
 
@@ -109,10 +115,17 @@ class PATCache(Cache):
     """K and V of a batch as a prefix tree: every distinct token is stored and read once.
 
     Give it to `model.generate(**inputs, past_key_values=PATCache(model))`. It holds the batch of
-    the last call; a call that follows reuses all tokens that its prompts share with that batch.
+    the last call; a call that follows reuses all tokens that its prompts share with that batch,
+    and with what `keep_bytes` lets the cache keep of the calls before.
+
+    K and V are those of the weights that computed them: call `reset()` when you have changed
+    weights, an adapter's included. Requests of different PEFT adapters share nothing.
 
     Args:
         model: a decoder-only model loaded with `attn_implementation="pat"`.
+        keep_bytes: K and V of earlier batches, prompts and answers, that stay stored: at most so
+            many bytes in all layers, whole pages counted, the least recently used go first.
+            Pinned prompts come on top. `None` keeps nothing but them.
         page_size: tokens in a page, a power of two from 16.
         max_tokens: limit of stored tokens, whole pages counted; `None` for the memory's own.
         prefill_tokens: prompt tokens that go through the model at a time.
@@ -128,12 +141,15 @@ class PATCache(Cache):
     def __init__(
         self,
         model: PreTrainedModel,
+        keep_bytes: int | None = None,
         *,
         page_size: int = 32,
         max_tokens: int | None = None,
         prefill_tokens: int = 8192,
         decode: str = "auto",
     ):
+        if keep_bytes is not None and keep_bytes < 0:
+            raise ValueError(f"keep_bytes={keep_bytes}: it must be 0 or more, or None.")
         if prefill_tokens < 1:
             raise ValueError(f"prefill_tokens={prefill_tokens}: at least one is needed.")
         if decode not in MODES:
@@ -143,17 +159,26 @@ class PATCache(Cache):
         self._model = weakref.ref(unwrapped(model))
         self.heads = _heads(self.config, model.dtype)
         super().__init__(layers=[])
+        self.keep_bytes = keep_bytes
         self.prefill_tokens = prefill_tokens
         self.decode = decode
         self._workspace = lease(self._model(), self)
         self.pool = PagePool(page_size, max_tokens, self._workspace.memory)
         self.prefixes = PrefixTree(self.pool)
         self._decoder: Decoder | None = None
+        self._tuned: list[weakref.ref[nn.Module]] = []  # layers with adapters
         self._clear()
+        self._count()
 
-    def _clear(self) -> None:
+    def _count(self) -> None:
         self.prompted = 0  # prompt tokens given, padding left out
         self.prefilled = 0  # of these, tokens that went through the model
+        self.found = 0  # and distinct ones that were stored before
+        self.evicted = 0  # tokens
+
+    def _clear(self) -> None:
+        self.families: list[Hashable] = []  # of the requests
+        self.opaque = False  # K and V of the requests are not told by their tokens
         self.fallback: str | None = None  # why prompts were computed request by request
         self.decoding: str | None = None  # how the last `generate()` ran its decode steps
         self._columns = 0  # length as Transformers counts it, padding included
@@ -255,11 +280,11 @@ class PATCache(Cache):
             layer_idx, key_states, value_states, *step.targets(key_states.device)
         )
         if not step.written:
-            self._count(step)
+            self._advance(step)
         step.written.add(layer_idx)
         return layer.keys, layer.values
 
-    def _count(self, step: Step) -> None:
+    def _advance(self, step: Step) -> None:
         """Makes the tokens of a step, now stored, the cache's."""
         if step.real is not None:
             self._mask = np.concatenate([self._tokens(), step.real], 1)
@@ -271,12 +296,18 @@ class PATCache(Cache):
         return np.concatenate([self._mask, later], 1)
 
     def clear(self) -> None:
-        """Forgets all requests; the memory stays, for the next ones."""
-        self.prefixes.select([])
+        """Forgets all requests, but keeps of them what `keep_bytes` and pins say."""
+        self._withdraw()
+        self._label()
+        self._forget()
+
+    def _forget(self) -> None:
+        self.prefixes.select([], keep=self.keep_bytes is not None)
         self._clear()
+        self._trim()
 
     def reset(self) -> None:
-        """Forgets everything and gives the memory back."""
+        """Forgets everything, pins and counts included, and gives the memory back."""
         self._workspace.memory.release()
         self.pool = PagePool(
             self.pool.page_size,
@@ -285,6 +316,7 @@ class PATCache(Cache):
         )
         self.prefixes = PrefixTree(self.pool)
         self._clear()
+        self._count()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens of every request.
@@ -304,11 +336,17 @@ class PATCache(Cache):
         removed = self._tokens()[:, keep:].sum(1)
         self._fed = [ids[:, : max(0, keep - self._prompt_columns)] for ids in self._fed_together()]
         for request, tokens in enumerate(removed.tolist()):
-            self.prefixes.truncate(request, tokens)
+            length = self.prefixes.length(request) - tokens
+            self._with_room(lambda r=request, n=length: self._shorten(r, n))
         self._columns, self._mask = keep, self._mask[:, :keep]
         self._prompt_columns = min(self._prompt_columns, keep)
         self._ended[self._ended > keep] = _NEVER
         self.step = None
+        if self.keep_bytes is not None:
+            self._trim()
+
+    def _shorten(self, request: int, length: int) -> None:
+        self.prefixes.truncate(request, self.prefixes.length(request) - length)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Makes requests `beam_idx` the batch; shared pages are passed on by reference."""
@@ -324,10 +362,13 @@ class PATCache(Cache):
 
     def _select(self, indices: Sequence[int]) -> None:
         self._withdraw()
-        self.prefixes.select(indices, self.pool.page_size)
+        self.prefixes.select(indices, self.pool.page_size, keep=self.keep_bytes is not None)
         self._mask, self._ended = self._mask[list(indices)], self._ended[list(indices)]
+        self.families = [self.families[i] for i in indices]
         self._fed = [ids[list(indices)] for ids in self._fed_together()]
         self.step = None
+        if self.keep_bytes is not None:
+            self._trim()
 
     def __deepcopy__(self, memo: dict) -> PATCache:
         twin = copy.copy(self)
@@ -344,7 +385,8 @@ class PATCache(Cache):
     def admit(self, input_ids: np.ndarray, mask: np.ndarray, ahead: int = 0) -> list[Node]:
         """Makes the prompts the batch; returns the nodes still to be computed.
 
-        What the cache holds of them already is kept, the rest of what it holds is dropped.
+        What the cache holds of them already is shared; of the rest it keeps what `keep_bytes` and
+        pins say.
 
         Args:
             input_ids: int64 [requests, columns].
@@ -354,46 +396,133 @@ class PATCache(Cache):
         Raises:
             PoolExhausted: if the prompts don't fit; the cache is as before.
         """
+        families = self._families(len(input_ids))
+        prompts = [
+            (ids[real], family) for ids, real, family in zip(input_ids, mask, families, strict=True)
+        ]
         self._withdraw()
         self._label()
-        first = len(self.prefixes)
+        least = self._least_pages(prompts)
         try:
-            for ids, real in zip(input_ids, mask, strict=True):
-                self.prefixes.insert(ids[real])
-        except BaseException:
-            self.prefixes.select(range(first))  # a split found no pages
-            raise
-        requests = range(first, len(self.prefixes))
-        nodes = {node: None for request in requests for node in self.prefixes.path(request)}
-        missing = [node for node in nodes if node.pages is None]
-        pages = sum(self.pool.pages(node.length) for node in nodes)
-        if self.pool.limit is not None and pages > self.pool.limit:
-            self.prefixes.select(range(first))
-            raise PoolExhausted(
-                f"The prompts take {pages} pages of {self.pool.page_size} tokens, and "
-                f"max_tokens allows {self.pool.limit}. Raise max_tokens to "
-                f"{pages * self.pool.page_size:,} or more, or give fewer or shorter prompts. "
-                f"{self._holdings()}"
-            )
-        self.prefixes.select(requests)
-        ahead = len(self.prefixes) * self.pool.pages(min(ahead, _AHEAD))
-        if self.pool.limit is not None:
-            ahead = min(ahead, self.pool.limit - pages)
+            self._share(prompts)
+            pages = self._pages(self.prefixes) - self._pages(self.prefixes.idle())
+        except PoolExhausted:
+            pages = None
+        room = len(prompts) * self.pool.pages(ahead)
+        if pages is None or pages > least and pages + room > self.pool.limit:
+            # What is stored cuts the prompts into more nodes, and so pages, than there is room for.
+            self._forget()
+            self.evicted += sum(self.prefixes.evict())
+            self._share(prompts)
+        self._fed = []
         try:
-            self.pool.reserve(sum(self.pool.pages(node.length) for node in missing) + ahead)
+            self._trim()
+            nodes = self.prefixes.live()
+            missing = [node for node in nodes if node.pages is None]
+            pages = self._pages(missing)
+            ahead = len(self.prefixes) * self.pool.pages(min(ahead, _AHEAD))
+            if self.pool.limit is not None:  # nothing is evicted only for what may be generated
+                ahead = max(0, min(ahead, self.pool.limit - self.pool.used - pages))
+            self._with_room(lambda: self.pool.reserve(pages + ahead))
             if self._decoder is not None and not self.pool.layers:
                 self._decoder.prepare(self._workspace, self.pool)
             self.pool.extend([(node, 0) for node in missing])
         except BaseException:
-            self.clear()  # the device's own memory ran out; no request may be left without pages
+            self._forget()  # the device's own memory ran out; no request may be without pages
             raise
+        self.families, self.opaque = families, False
         self.prefilled += sum(node.length for node in missing)
+        self.found += sum(node.length for node in nodes) - sum(node.length for node in missing)
         self.prompted += int(mask.sum())
         self._columns = self._prompt_columns = mask.shape[1]
         self._mask, self._ended = mask.copy(), np.full(len(mask), _NEVER)
-        self._fed = []
         self.step = None
         return missing
+
+    def _share(self, prompts: Iterable[tuple[np.ndarray, Hashable]]) -> None:
+        """Makes prompts the requests, and leaves all else that can be found again idle."""
+        first = len(self.prefixes)
+        try:
+            for prompt in prompts:
+                self._with_room(lambda prompt=prompt: self.prefixes.insert(*prompt))
+            self._with_room(self.prefixes.cut)
+        except BaseException:
+            self.prefixes.select(range(first), keep=True)  # a split found no pages
+            raise
+        self.prefixes.select(range(first, len(self.prefixes)), keep=True)
+
+    def _least_pages(self, prompts: Iterable[tuple[np.ndarray, Hashable]]) -> float:
+        """Pages that the prompts take with nothing but pins beside them; infinite without a limit.
+
+        Raises:
+            PoolExhausted: if that is more than the limit.
+        """
+        if self.pool.limit is None:
+            return np.inf
+        alone = self.prefixes.copy()
+        alone.cut()
+        alone.select([])
+        sum(alone.evict())
+        pinned = self._pages(alone)
+        for prompt in prompts:
+            alone.insert(*prompt)
+        pages = self._pages(alone)
+        if pages > self.pool.limit:
+            beside = f" with the {pinned} that are pinned" if pinned else ""
+            raise PoolExhausted(
+                f"The prompts take {pages} pages of {self.pool.page_size} tokens{beside}, and "
+                f"max_tokens allows {self.pool.limit}. Raise max_tokens to "
+                f"{pages * self.pool.page_size:,} or more, or give fewer or shorter prompts. "
+                f"{self._holdings()}"
+            )
+        return pages
+
+    def _families(self, batch: int) -> list[Hashable]:
+        """What the adapters are that compute each row now."""
+        return adapters.families(self.tuned, batch)
+
+    def _find_adapters(self, model: PreTrainedModel) -> None:
+        self._tuned = [weakref.ref(layer) for layer in adapters.layers(model)]
+
+    @property
+    def tuned(self) -> list[nn.Module]:
+        """The model's layers with PEFT adapters."""
+        return [layer for ref in self._tuned if (layer := ref()) is not None]
+
+    def forget(self, nodes: Iterable[Node]) -> None:
+        """Forgets all requests, and of `nodes` that they were ever stored."""
+        for node in nodes:
+            self.pool.drop(node)
+        self._forget()
+
+    def _with_room(self, act: Callable[[], _T]) -> _T:
+        """`act()`, for which idle nodes are evicted if it finds too few pages."""
+        while True:
+            try:
+                return act()
+            except PoolExhausted as error:
+                enough = self.pool.used - error.missing
+                for tokens in self.prefixes.evict():
+                    self.evicted += tokens
+                    if self.pool.used <= enough:
+                        break
+                else:
+                    raise
+
+    def _trim(self) -> None:
+        """Evicts what is over the budget."""
+        pages, evictions = self._pages(self.prefixes.idle()), self.prefixes.evict()
+        while pages * self._page_bytes > (self.keep_bytes or 0):
+            tokens = next(evictions)
+            pages -= self.pool.pages(tokens)
+            self.evicted += tokens
+
+    def _pages(self, nodes: Iterable[Node]) -> int:
+        return sum(self.pool.pages(node.length) for node in nodes)
+
+    @property
+    def _page_bytes(self) -> int:
+        return self.pool.page_size * self.pool.bytes_per_token
 
     def arm(
         self, model: PreTrainedModel, steps: int, compile: bool, stops: Sequence[int] = ()
@@ -436,6 +565,8 @@ class PATCache(Cache):
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if self.step is None or self.step.columns:
             self._fed.append(ids)
+            if self._tuned and self.families:
+                self.opaque |= self._families(len(self.families)) != self.families
         decoder, step = self._decoder, self.step
         if decoder is not None and step is not None and not step.columns:
             out = decoder.prefill(forward, self, kwargs)
@@ -452,7 +583,7 @@ class PATCache(Cache):
             self.begin(*ids.shape, mask, ids.device)
             out = decoder.step(self._workspace, forward, self, kwargs)
             if out is not None:
-                self._count(self.step)
+                self._advance(self.step)
                 self.step.written.update(self.pool.layers)
                 return out
         return forward(*args, **kwargs)
@@ -474,11 +605,16 @@ class PATCache(Cache):
         return [torch.cat(known, 1)]
 
     def _label(self) -> None:
-        """Tells the tree the ids of what was generated."""
+        """Tells the tree the ids of what was generated, so that later prompts can share it."""
+        if self.opaque:
+            return
         for ids in self._fed_together():
             real = self._tokens()[:, self._prompt_columns :]
             for request, row in enumerate(ids.cpu().numpy()):
                 self.prefixes.label(request, row[real[request]])
+            with suppress(PoolExhausted):  # equal answers are then stored once each
+                for request in range(len(self.prefixes)):
+                    self.prefixes.merge(request)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -502,6 +638,8 @@ class PATCache(Cache):
                 "PATCache(model)."
             )
         _supported_config(model)
+        adapters.refuse_virtual_tokens(model)
+        self._find_adapters(model)
         if self.pool.layers and model.dtype != self.dtype:
             raise ValueError(
                 f"This PATCache was filled in {self.dtype} and the model is now in {model.dtype}. "
@@ -542,9 +680,9 @@ class PATCache(Cache):
             return step.tensor
         self._withdraw()
         if len(self.prefixes) == 0:
-            self.prefixes.select(
-                [self.prefixes.insert(np.empty(0, np.int64)) for _ in range(batch)]
-            )
+            self.families = self._families(batch)
+            for family in self.families:
+                self.prefixes.insert(np.empty(0, np.int64), family)
             self._mask, self._ended = np.ones((batch, 0), bool), np.full(batch, _NEVER)
         if batch != len(self.prefixes):
             raise ValueError(
@@ -590,7 +728,8 @@ class PATCache(Cache):
         position = position + np.cumsum(real, 1) - 1
         leaves = {r: self.prefixes.append(r, int(n)) for r, n in enumerate(counts) if n}
         try:
-            self.pool.extend([(leaf, leaf.length - int(counts[r])) for r, leaf in leaves.items()])
+            grown = [(leaf, leaf.length - int(counts[r])) for r, leaf in leaves.items()]
+            self._with_room(lambda: self.pool.extend(grown))
         except PoolExhausted as error:
             for request in leaves:
                 self.prefixes.truncate(request, int(counts[request]))
@@ -680,8 +819,8 @@ class PATCache(Cache):
 
     @property
     def tokens(self) -> int:
-        """Distinct tokens: each is stored once."""
-        return sum(node.length for node in self.prefixes)
+        """Distinct tokens of the batch: each is stored once."""
+        return sum(node.length for node in self.prefixes.live())
 
     @property
     def dense_tokens(self) -> int:
@@ -691,6 +830,7 @@ class PATCache(Cache):
     def report(self) -> Report:
         """What sharing saved: tokens, bytes, traffic of a decode step, and the backend."""
         per_token = self.pool.bytes_per_token
+        live, idle = self.prefixes.live(), self.prefixes.idle()
         read = 0
         if len(self.prefixes) and self.pool.layers:
             order = self.prefixes.preorder()
@@ -703,11 +843,17 @@ class PATCache(Cache):
             depth=max((len(self.prefixes.path(r)) for r in range(len(self.prefixes))), default=0),
             tokens=self.tokens,
             dense_tokens=self.dense_tokens,
-            bytes_held=self.pool.used * self.pool.page_size * per_token,
+            bytes_held=len({page for n in live for page in n.pages or ()}) * self._page_bytes,
             bytes_per_token=per_token,
             read_tokens=read,
             prompt_tokens=self.prompted,
             prefilled_tokens=self.prefilled,
+            found_tokens=self.found,
+            kept_tokens=sum(node.length for node in idle),
+            kept_bytes=self._pages(idle) * self._page_bytes,
+            keep_bytes=self.keep_bytes,
+            pinned_prompts=len(self.prefixes.pins),
+            evicted_tokens=self.evicted,
             backend=backend(self.device),
             decoding=self.decoding,
             fallback=self.fallback,
@@ -724,12 +870,118 @@ class PATCache(Cache):
         return layers[min(layers)].keys.device if layers else torch.device("cpu")
 
     def _holdings(self) -> str:
-        prompts = sum(self.pool.pages(n.length) for n in self.prefixes if not n.open)
-        generated = sum(self.pool.pages(n.length) for n in self.prefixes if n.open)
+        live, idle = self.prefixes.live(), self._pages(self.prefixes.idle())
+        prompts = self._pages(n for n in live if not n.open)
+        generated = self._pages(n for n in live if n.open)
+        pinned = self._pages(self.prefixes) - idle - prompts - generated
+        kept = f", {idle} kept and {pinned} pinned of earlier calls" if idle or pinned else ""
         return (
             f"The cache holds {len(self.prefixes)} requests: {prompts} pages of prompts and "
-            f"{generated} of generated tokens."
+            f"{generated} of generated tokens{kept}."
         )
+
+    # What is kept beyond the batch
+
+    def pin(self, input_ids: torch.Tensor | np.ndarray | Sequence[int]) -> None:
+        """Keeps a prompt until it is unpinned, beside `keep_bytes` and whatever that is.
+
+        One that isn't stored yet, or not whole, is kept from when it is. The adapter that is
+        active now is meant.
+
+        Args:
+            input_ids: int [any], one prompt without padding.
+
+        Raises:
+            ValueError: if `input_ids` is anything else.
+        """
+        self.prefixes.pin(*self._prompt(input_ids))
+
+    def unpin(self, input_ids: torch.Tensor | np.ndarray | Sequence[int]) -> None:
+        """Undoes `pin`; the prompt stays as long as others do.
+
+        Raises:
+            ValueError: if exactly this prompt isn't pinned.
+        """
+        tokens, family = self._prompt(input_ids)
+        try:
+            self.prefixes.unpin(tokens, family)
+        except KeyError:
+            raise ValueError(
+                f"This prompt of {len(tokens)} tokens is not pinned; {len(self.prefixes.pins)} "
+                "others are. Give the same ids as to pin(), under the same adapter."
+            ) from None
+        self._trim()
+
+    def drop(self, input_ids: torch.Tensor | np.ndarray | Sequence[int]) -> int:
+        """Removes a prompt and its answers, but nothing that another kept prompt needs.
+
+        Args:
+            input_ids: int [any], one prompt without padding.
+
+        Returns:
+            How many tokens were removed; 0 if nothing was stored of this prompt alone.
+
+        Raises:
+            ValueError: if the prompt is pinned, or is one of the batch of the last call.
+        """
+        tokens, family = self._prompt(input_ids)
+        if (family, tokens.tobytes()) in self.prefixes.pins:
+            raise ValueError(f"This prompt of {len(tokens)} tokens is pinned: unpin() it first.")
+        nodes, found = self.prefixes.match(tokens, family)
+        if nodes and nodes[-1].end == found == len(tokens) and nodes[-1] in self.prefixes.live():
+            raise ValueError(
+                f"This prompt of {len(tokens)} tokens is in use by the batch of the last call: "
+                "clear() it first."
+            )
+        return self.prefixes.drop(tokens, family)
+
+    def _prompt(
+        self, input_ids: torch.Tensor | np.ndarray | Sequence[int]
+    ) -> tuple[np.ndarray, Hashable]:
+        if isinstance(input_ids, torch.Tensor):
+            input_ids = input_ids.cpu()
+        tokens = np.asarray(input_ids)
+        if tokens.ndim != 1 or not len(tokens) or not np.issubdtype(tokens.dtype, np.integer):
+            raise ValueError(
+                f"One prompt is asked for, as token ids [any], and {tokens.dtype} "
+                f"{list(tokens.shape)} was given. Take a row of the tokenizer's output, without "
+                "its padding: input_ids[0]."
+            )
+        self._find_adapters(self._model())
+        return tokens.astype(np.int64), self._families(1)[0]
+
+    def save(self, path: str | Path) -> None:
+        """Writes all that is stored, the batch of the last call included, for `load`.
+
+        Prompts and answers of adapters are left out, and so are pins.
+
+        Args:
+            path: a file, safetensors.
+        """
+        self._withdraw()
+        self._label()
+        archive.write(path, self.prefixes, self.pool, archive.fingerprint(self._model()))
+
+    @classmethod
+    def load(cls, path: str | Path, model: PreTrainedModel, **options: Any) -> PATCache:
+        """A cache that keeps what another one saved.
+
+        Args:
+            path: what `save` wrote.
+            model: the same model, on any device.
+            options: for `PATCache`; `keep_bytes` is what is loaded takes, unless it is given.
+
+        Raises:
+            ValueError: if the file isn't what `save` writes or is damaged, or another model's;
+                the message says what differs.
+            PoolExhausted: if `max_tokens` doesn't allow what the file holds.
+        """
+        cache = cls(model, **options)
+        archive.read(path, cache.prefixes, cache.pool, cache._model())
+        if cache.keep_bytes is None:
+            cache.keep_bytes = cache._pages(cache.prefixes) * cache._page_bytes
+        cache._trim()
+        return cache
 
 
 def _heads(config: PretrainedConfig, dtype: torch.dtype) -> Heads:

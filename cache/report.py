@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+
 from pat_hf.cache.prefix_tree import Node, PrefixTree
 
 
@@ -15,12 +17,19 @@ class Report:
     Attributes:
         requests: requests in the batch.
         depth: nodes on the longest path of the prefix tree.
-        tokens, dense_tokens: tokens stored, and those that a cache without sharing would store.
-        bytes_held: bytes of the pages in use, in all layers.
+        tokens, dense_tokens: the batch's tokens as stored, and as a cache without sharing would
+            store them.
+        bytes_held: bytes of the batch's pages, in all layers.
         bytes_per_token: bytes of a token's K and V in all layers.
         read_tokens: tokens whose K and V a decode step reads.
         prompt_tokens, prefilled_tokens: prompt tokens given since the last reset, and those that
             went through the model.
+        found_tokens: distinct tokens of the prompts since then that were stored by earlier calls.
+        kept_tokens, kept_bytes: what is stored beyond the batch and pinned prompts, tokens and
+            bytes of their pages.
+        keep_bytes: how many bytes that may be; `None` if nothing is kept.
+        pinned_prompts: how many prompts are pinned.
+        evicted_tokens: tokens that had to go since the last reset.
         backend: what computes attention.
         decoding: how the last `generate()` ran its decode steps; `None` if there was none.
         fallback: why prompts were not shared, if they were not.
@@ -35,6 +44,12 @@ class Report:
     read_tokens: int
     prompt_tokens: int
     prefilled_tokens: int
+    found_tokens: int
+    kept_tokens: int
+    kept_bytes: int
+    keep_bytes: int | None
+    pinned_prompts: int
+    evicted_tokens: int
     backend: str
     decoding: str | None
     fallback: str | None
@@ -71,6 +86,18 @@ class Report:
         ]
         if self.decoding:
             rows.append(("decode steps", self.decoding))
+        if self.found_tokens:
+            distinct = self.found_tokens + self.prefilled_tokens
+            rows.append(("reused", f"{self.found_tokens:,} of {distinct:,} distinct prompt tokens"))
+        if self.keep_bytes is not None or self.pinned_prompts:
+            rows.append(
+                (
+                    "kept",
+                    f"{_count(self.kept_tokens, 'token')}, {_bytes(self.kept_bytes)} of "
+                    f"{_bytes(self.keep_bytes or 0)}; {self.evicted_tokens:,} evicted; "
+                    f"{_count(self.pinned_prompts, 'prompt')} pinned",
+                )
+            )
         if self.fallback:
             rows.append(("not shared", self.fallback))
         return "\n".join(f"{name:<14} {text}" for name, text in rows)
@@ -83,12 +110,15 @@ def draw(tree: PrefixTree) -> str:
     counts with the next node that is drawn, or as the requests' own.
     """
     below: dict[Node, int] = {}
-    for node in list(tree)[::-1]:
-        below[node] = len(node.requests) + sum(below[child] for child in node.children.values())
+    live = tree.live()
+    for node in live[::-1]:
+        below[node] = len(node.requests)
+        below[node] += sum(below.get(child, 0) for child in node.children.values())
     least = sum(node.length * requests for node, requests in below.items()) / 100
-    above = {tree.root: tree.root}  # a node, if it is drawn, or else what it is drawn under
-    children: dict[Node, list[tuple[Node, int]]] = {tree.root: []}
-    for node in tree:
+    top = Node(None, 0, 0, np.empty(0, np.int64))
+    above = {root: top for root in tree.roots.values()}  # a node is drawn itself or under this
+    children: dict[Node, list[tuple[Node, int]]] = {top: []}
+    for node in live:
         parent = above[node.parent]
         above[node] = parent
         if (below[node] - 1) * node.length >= least:
@@ -100,10 +130,10 @@ def draw(tree: PrefixTree) -> str:
         own.setdefault(above[end], []).append(end.end - above[end].end)
 
     lines = [_count(len(tree), "request")]
-    stack = [(tree.root, 0, "")]
+    stack = [(top, 0, "")]
     while stack:
         node, length, indent = stack.pop()
-        if node is not tree.root:
+        if node is not top:
             lines.append(f"{indent}{_count(length, 'token')} · {_count(below[node], 'request')}")
         indent = indent.replace("├─ ", "│  ").replace("└─ ", "   ")
         if lengths := own.get(node):

@@ -18,6 +18,7 @@ from transformers.generation import utils
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
+from pat_hf import adapters
 from pat_hf.cache.page_pool import SINK
 from pat_hf.cache.pat_cache import PATCache, Step
 from pat_hf.cache.prefix_tree import Node, Preorder
@@ -47,7 +48,7 @@ def prefill(
     """Makes the prompts the batch of `cache`, computing only tokens that it doesn't hold.
 
     The tokens of all nodes are packed into rows of one sequence, each at its own position and
-    each attending to its own prefix.
+    each attending to its own prefix; those of different adapters into one each.
 
     Args:
         model: the model that `cache` is for.
@@ -111,8 +112,12 @@ def packed(
     missing = set(missing)
     token, position, node, page, slot, ends = [], [], [], [], [], []
     rows = 0
+    request_of = {cache.prefixes.root(r): r for r in range(len(cache.prefixes))}
+    bounds: dict[int, int] = {}  # a request of each root: where the root's rows begin
     size = cache.pool.page_size
     for index, each in enumerate(order.nodes):
+        if each.start == 0:
+            root = each.parent
         if each in missing:
             inside = np.arange(each.length)
             page.append(np.array(each.pages)[inside // size])
@@ -125,6 +130,7 @@ def packed(
             ends.append(rows + np.arange(len(inside)))
         else:
             continue
+        bounds.setdefault(request_of[root], rows)
         token.append(each.tokens[inside])
         position.append(each.start + inside)
         node.append(np.full(len(inside), index, np.int32))
@@ -133,6 +139,8 @@ def packed(
         np.concatenate, (token, position, node, page, slot, ends)
     )
 
+    # Rows of one root have one adapter.
+    stops = list(zip(bounds, [*bounds.values(), rows][1:], strict=True))
     device = _input_device(model)
     chunk = chunk or cache.prefill_tokens
     most = most or rows
@@ -141,7 +149,8 @@ def packed(
     first = done = 0
     try:
         while first < rows:
-            stop = min(first + chunk, rows)
+            request, stop = next((r, b) for r, b in stops if b > first)
+            stop = min(first + chunk, stop)
             if done + most < len(ends):
                 stop = min(stop, int(ends[done + most]))
             part = slice(first, stop)
@@ -154,10 +163,12 @@ def packed(
                 inputs["input_ids"] = torch.from_numpy(token[part])[None].to(device)
             else:
                 inputs["inputs_embeds"] = feed(token[part])[None].to(device)
-            yield _logits(model, cache, inputs, here)
+            with adapters.only(cache.tuned, request):
+                logits = _logits(model, cache, inputs, here)
+            yield logits
             first, done = stop, done + len(here)
     except BaseException:
-        cache.clear()  # nodes without K and V must not be taken for stored ones
+        cache.forget(missing)  # nodes without K and V must not be taken for stored ones
         raise
     finally:
         cache.announce(None)
@@ -285,6 +296,8 @@ def install() -> None:
             model_kwargs.get(x) for x in ("attention_mask", "inputs_embeds", "position_ids")
         )
         reason = _unshareable(input_ids, model_kwargs)
+        if reason is None and adapters.positional(cache.tuned):
+            reason = "an adapter begins inside the prompts (aLoRA)"
         if embeds is None and not _whole(input_ids, mask, generation_config):
             # For the requests that are stored: there is nothing to look for.
             return stock(self, input_ids, generation_config, model_kwargs, is_first_iteration)
@@ -296,7 +309,8 @@ def install() -> None:
                     "holds. Call clear() on the cache first, or make a new one."
                 )
             cache.clear()  # the prompts come whole, and what they share is not looked for
-            cache.fallback = reason
+            # Whatever may make equal tokens differ, nothing is shared with these.
+            cache.fallback, cache.opaque = reason, True
             logger.warning_once(f"pat_hf computes each prompt on its own: {reason}.")
             return stock(self, input_ids, generation_config, model_kwargs, is_first_iteration)
         return prefill(

@@ -76,13 +76,94 @@ def test_errors_change_nothing(act, error, words):
     assert spans(tree) == before
 
 
+def test_families_share_nothing():
+    tree = PrefixTree()
+    for family in (None, "a", None, "a"):
+        tree.insert(np.array([1, 2, 3]), family)
+    assert spans(tree) == [(0, [1, 2, 3], [0, 2]), (0, [1, 2, 3], [1, 3])]
+    assert tree.root(0) is tree.root(2) is not tree.root(1)
+
+
+def test_answers_are_merged_once_their_ids_are_told():
+    batch = Batch()
+    for _ in range(3):
+        batch.insert([1, 2])
+    answers = iter([3, 4, 5, 3, 4, 6, 3, 4, 5])
+    batch.append([3, 3, 3], lambda: next(answers))
+    for request in range(3):
+        batch.tree.label(request, np.array(batch.truth[request]))
+    for request in range(3):
+        batch.tree.merge(request)
+    batch.check()
+    assert spans(batch.tree) == [(0, [1, 2], []), (2, [3, 4], []), (4, [5], [0, 2]), (4, [6], [1])]
+    assert batch.pool.used == 4
+
+
+def test_idle_leaves_are_evicted_by_their_last_use():
+    batch = Batch()
+    for prompt in ([1, 2], [1, 3], [4], [1, 2, 5]):
+        batch.insert(prompt)
+    batch.select([], keep=True)
+    assert len(batch.tree.idle()) == 5 and not batch.tree.live()
+    batch.insert([1, 2])
+    batch.tree.pin(np.array([4]), 0)
+    evictions = batch.tree.evict()
+    assert next(evictions) == 1  # [1, 3]
+    assert spans(batch.tree) == [(0, [1], []), (0, [4], []), (1, [2], [0]), (2, [5], [])]
+    assert list(evictions) == [1]
+    assert spans(batch.tree) == [(0, [1], []), (0, [4], []), (1, [2], [0])]
+    batch.tree.unpin(np.array([4]), 0)
+    assert list(batch.tree.evict()) == [1]
+
+
+def test_a_prompt_that_is_found_whole_is_used():
+    batch = Batch()
+    for prompt in ([1, 2, 2], [1, 3, 3, 3], [4] * 5, [1, 2, 2]):
+        batch.insert(prompt)
+    batch.select([], keep=True)
+    assert list(batch.tree.evict()) == [3, 5, 2, 1]
+
+
+def test_drop_takes_answers_and_leaves_other_prompts():
+    batch = Batch()
+    batch.insert([1, 2, 3])
+    batch.append([2], lambda: 7)
+    batch.label(0)
+    batch.insert([1, 2, 3, 7, 8])
+    batch.insert([1, 2, 4])
+    batch.select([], keep=True)
+    tree = batch.tree
+    assert tree.drop(np.array([1, 2, 3]), 0) == 1  # the end of its answer, [7]
+    assert tree.drop(np.array([1, 2, 3]), 0) == 0
+    assert tree.drop(np.array([1, 2, 3, 7, 8]), 0) == 3
+    assert spans(tree) == [(0, [1, 2], []), (2, [4], [])]
+    tree.pin(np.array([1, 2]), 0)
+    assert tree.drop(np.array([1, 2, 4]), 0) == 1
+    batch.check()
+
+
+def test_a_pool_that_miscounts_is_caught():
+    batch = Batch()
+    batch.insert(range(2 * PAGE))
+    batch.pool.check(batch.tree)
+    with pytest.raises(AssertionError, match="held by 0 nodes, counted 1 times"):
+        batch.pool.check([])
+    batch.pool._free.append(1)
+    with pytest.raises(AssertionError, match="1 times among the free"):
+        batch.pool.check(batch.tree)
+
+
 class Batch:
-    """A tree with pages of one layer, K being the token ids, and the lists it must equal."""
+    """A tree with pages of one layer and the lists it must equal.
+
+    K is the token's id, with a hundred more in the second family.
+    """
 
     def __init__(self):
         self.pool = PagePool(PAGE)
         self.tree = PrefixTree(self.pool)
         self.truth: list[list[int]] = []
+        self.family: list[int] = []
 
     def store(self, node, first):
         inside = np.arange(first, node.length)
@@ -91,11 +172,13 @@ class Batch:
         request = next(r for r in range(len(self.tree)) if node in self.tree.path(r))
         values = self.truth[request][node.start + first : node.end]
         keys = torch.tensor(values, dtype=torch.float32).view(1, 1, -1, 1)
+        keys = keys + 100 * self.family[request]
         self.pool.write(0, keys, -keys, pages, slots)
 
-    def insert(self, prompt):
+    def insert(self, prompt, family=0):
         self.truth.append(list(prompt))
-        self.tree.insert(np.array(prompt, np.int64))
+        self.family.append(family)
+        self.tree.insert(np.array(prompt, np.int64), family)
         for node in self.tree.path(len(self.tree) - 1):
             if node.pages is None:
                 self.pool.extend([(node, 0)])
@@ -114,10 +197,12 @@ class Batch:
 
     def label(self, request):
         self.tree.label(request, np.array(self.truth[request]))
+        self.tree.merge(request)
 
-    def select(self, indices):
-        self.tree.select(indices, PAGE)
+    def select(self, indices, keep=False):
+        self.tree.select(indices, PAGE, keep)
         self.truth = [list(self.truth[i]) for i in indices]
+        self.family = [self.family[i] for i in indices]
 
     def truncate(self, request, count):
         self.tree.truncate(request, count)
@@ -128,13 +213,16 @@ class Batch:
         nodes = list(tree)
         seen = set()
         for node in nodes:
-            assert node.parent is tree.root or node.parent in seen
+            assert node.parent in tree.roots.values() or node.parent in seen
             seen.add(node)
             assert node.length > 0 and node.start == node.parent.end
             assert node.parent.children[node.key] is node
-            assert node.requests or node.children
+            assert node.requests or node.children or len(node.tokens) == node.length
             assert not (node.open and (node.children or len(node.requests) != 1))
             assert len(node.pages) == pool.pages(node.length)
+            inside = np.arange(len(node.tokens))
+            stored = pool.layers[0].keys[np.array(node.pages)[inside // PAGE], 0, inside % PAGE, 0]
+            assert stored.int().tolist() == (node.tokens + 100 * family_of(tree, node)).tolist()
         held = np.zeros_like(pool.references)
         for node in nodes:
             np.add.at(held, node.pages, 1)
@@ -142,23 +230,33 @@ class Batch:
         assert (held == pool.references).all()
         assert pool.used == (held > 0).sum() - 1
         assert len(set(pool._free)) == len(pool._free)
+        pool.check(nodes)
+        live, idle = tree.live(), tree.idle()
+        assert set(live) == {node for request in range(len(tree)) for node in tree.path(request)}
+        pinned = {node for (f, _), tokens in tree.pins.items() for node in tree.match(tokens, f)[0]}
+        assert set(idle) == set(nodes) - set(live) - pinned
         for request, tokens in enumerate(self.truth):
+            extra = 100 * self.family[request]
             path = tree.path(request)
             assert tree.length(request) == len(tokens) == sum(n.length for n in path)
             for node in path:
                 inside = np.arange(node.length)
                 page = np.array(node.pages)[inside // PAGE]
                 keys, values = pool.layers[0]
-                assert keys[page, 0, inside % PAGE, 0].tolist() == tokens[node.start : node.end]
-                assert values[page, 0, inside % PAGE, 0].tolist() == (
-                    [-t for t in tokens[node.start : node.end]]
-                )
+                expected = [token + extra for token in tokens[node.start : node.end]]
+                assert keys[page, 0, inside % PAGE, 0].tolist() == expected
+                assert values[page, 0, inside % PAGE, 0].tolist() == [-key for key in expected]
         order = tree.preorder()
         for row, node in enumerate(order.nodes):
-            below = [n for n in order.nodes if n is node or node in _ancestors(n)]
+            below = [n for n in live if n is node or node in _ancestors(n)]
             assert below == order.nodes[row : order.end[row]]
         copy = tree.copy()
-        assert spans(copy) == spans(tree)
+        assert spans(copy) == spans(tree) and len(copy.idle()) == len(idle)
+
+
+def family_of(tree, node):
+    root = list(_ancestors(node))[-1]
+    return next(family for family, each in tree.roots.items() if each is root)
 
 
 def _ancestors(node):
@@ -173,23 +271,62 @@ def test_any_history_keeps_every_request(data):
     batch = Batch()
     token = lambda: data.draw(st.integers(0, 2))  # noqa: E731
     batch.insert(data.draw(st.lists(st.integers(0, 2), min_size=1, max_size=40)))
-    for _ in range(data.draw(st.integers(1, 8))):
-        requests = len(batch.tree)
-        act = data.draw(st.sampled_from(["insert", "append", "label", "select", "truncate"]))
+    prompts = [(list(batch.truth[0]), 0)]
+    acts = ["insert", "append", "label", "select", "truncate", "pin", "evict", "drop"]
+    for _ in range(data.draw(st.integers(1, 10))):
+        requests, tree = len(batch.tree), batch.tree
+        act = data.draw(st.sampled_from(acts))
         if act == "insert":
-            start = batch.truth[data.draw(st.integers(0, requests - 1))] if requests else []
+            start = data.draw(st.sampled_from([p for p, _ in prompts] + batch.truth))
             keep = data.draw(st.integers(0, len(start)))
-            batch.insert(start[:keep] + data.draw(st.lists(st.integers(0, 2), max_size=30)))
+            prompt = start[:keep] + data.draw(st.lists(st.integers(0, 2), max_size=30))
+            prompts.append((prompt, data.draw(st.integers(0, 1))))
+            batch.insert(*prompts[-1])
         elif act == "append":
             counts = data.draw(st.lists(st.integers(0, 20), min_size=requests, max_size=requests))
             batch.append(counts, token)
         elif act == "label" and requests:
             batch.label(data.draw(st.integers(0, requests - 1)))
         elif act == "select" and requests:
-            batch.select(data.draw(st.lists(st.integers(0, requests - 1), max_size=5)))
+            some = data.draw(st.lists(st.integers(0, requests - 1), max_size=5))
+            batch.select(some, keep=data.draw(st.booleans()))
         elif act == "truncate" and requests:
             request = data.draw(st.integers(0, requests - 1))
             batch.truncate(request, data.draw(st.integers(0, len(batch.truth[request]))))
+        elif act == "pin":
+            tokens, family = data.draw(st.sampled_from(prompts))
+            tokens = np.array(tokens[: data.draw(st.integers(0, len(tokens)))], np.int64)
+            if (family, tokens.tobytes()) in tree.pins:
+                tree.unpin(tokens, family)
+            else:
+                tree.pin(tokens, family)
+                tree.cut()
+        elif act == "evict":
+            pinned = [tree.match(tokens, family)[1] for (family, _), tokens in tree.pins.items()]
+            evictions = tree.evict()
+            for _ in range(data.draw(st.integers(1, 9))):
+                leaves = [node for node in tree.idle() if not node.children]
+                length = next(evictions, 0)
+                gone = [node for node in leaves if node not in set(tree)]
+                assert len(gone) == bool(length) == bool(leaves)
+                assert all(node.used == min(leaf.used for leaf in leaves) for node in gone)
+            assert pinned == [tree.match(t, family)[1] for (family, _), t in tree.pins.items()]
+        elif act == "drop":
+            dropped = data.draw(st.sampled_from(prompts))
+            whole = [
+                (tokens, family)
+                for tokens, family in prompts
+                if (nodes := tree.match(np.array(tokens, np.int64), family)[0])
+                and nodes[-1].end == len(tokens)
+                and nodes[-1].ended
+                and (tokens, family) != dropped
+            ]
+            before = sum(node.length for node in tree)
+            count = tree.drop(np.array(dropped[0], np.int64), dropped[1])
+            assert before - count == sum(node.length for node in tree)
+            for tokens, family in whole:
+                assert tree.match(np.array(tokens, np.int64), family)[1] == len(tokens)
+            assert tree.drop(np.array(dropped[0], np.int64), dropped[1]) == 0
         batch.check()
 
 

@@ -16,12 +16,18 @@ def test_figures_are_those_of_the_results():
     assert tables.filled(README) == README
 
 
-def test_the_example_runs(capsys):
-    code = re.search(r"```python\n(.*?)```", README, re.DOTALL)[1]
+def test_the_examples_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first, second = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {
         "name": str(ROOT / "examples" / "facts-llama"),
         "prompts": ["Question: Who?\nAnswer:", "Question: When was it?\nAnswer:"],
     }
-    exec(code, names)
+    exec(first, names)
     assert names["out"].shape[0] == 2
     assert "2 requests" in capsys.readouterr().out
+    exec(second, names)
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if line.startswith(("reused", "kept"))]
+    assert "\n".join(f"    {line}" for line in lines) in README
+    assert names["cache"].report().kept_tokens > 0

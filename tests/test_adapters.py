@@ -1,0 +1,168 @@
+"""PEFT adapters on one cache: no K or V of one is read under another."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+import pat_hf
+
+from .models import batch, pair
+from .test_generate import text
+
+SYSTEM = text(40, 31)
+NAMES = ["first", "second"]
+PROMPTS = [SYSTEM + text(3, 1), SYSTEM, SYSTEM + text(9, 2), SYSTEM + text(3, 1), SYSTEM[:30]]
+MIXED = ["second", "first", "__base__", "first", "second"]
+
+
+def adapted(model):
+    """Two adapters with weights that matter; alike for alike models."""
+    torch.manual_seed(1)
+    model = copy.deepcopy(model)
+    config = LoraConfig(target_modules=["q_proj", "k_proj", "v_proj", "up_proj"], r=4)
+    model = get_peft_model(model, config, adapter_name=NAMES[0])
+    model.add_adapter(NAMES[1], config)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(weight, std=0.2)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def models():
+    return [adapted(model) for model in pair("Llama")]
+
+
+def generate(model, prompts, cache=None, **kwargs):
+    torch.manual_seed(0)
+    kwargs = {"max_new_tokens": 8, "do_sample": False} | kwargs
+    return model.generate(**batch(prompts), past_key_values=cache, **kwargs)
+
+
+def same(models, cache, prompts, **kwargs):
+    """As stock; returns the prompt tokens that were computed."""
+    stock, pat = models
+    before = cache.prefilled
+    ours = generate(pat, prompts, cache, **kwargs)
+    assert torch.equal(ours, generate(stock, prompts, **kwargs))
+    cache.pool.check(cache.prefixes)
+    return cache.prefilled - before
+
+
+def test_the_adapters_matter(models):
+    stock, _ = models
+    outs = set()
+    for name in [*NAMES, "__base__"]:
+        out = generate(stock, [SYSTEM], adapter_names=[name])
+        outs.add(tuple(out[0].tolist()))
+    assert len(outs) == 3
+
+
+@pytest.mark.parametrize("chunk", [7, 8192])
+@pytest.mark.parametrize("mode", [{}, {"num_beams": 3}, {"do_sample": True}])
+def test_a_batch_of_several_adapters(models, mode, chunk):
+    cache = pat_hf.PATCache(models[1], 1 << 30, page_size=16, prefill_tokens=chunk)
+    # Each adapter computes what its rows share once.
+    assert same(models, cache, PROMPTS, adapter_names=MIXED, **mode) == 43 + 43 + 49
+    assert same(models, cache, PROMPTS, adapter_names=MIXED, **mode) == 0
+    others = MIXED[1:] + MIXED[:1]
+    assert same(models, cache, PROMPTS, adapter_names=others, **mode) == 9
+    assert cache.fallback is None
+    hooks = [len(module._forward_pre_hooks) for module in models[1].modules()]
+    assert sum(hooks) == 1  # the one that notes ids
+
+
+def test_changing_adapters_between_calls(models):
+    cache = pat_hf.PATCache(models[1], 1 << 30, page_size=16)
+    computed = []
+    for name in [*NAMES, *NAMES]:
+        for model in models:
+            model.set_adapter(name)
+        computed.append(same(models, cache, PROMPTS))
+    assert computed == [52, 52, 0, 0]
+    with models[0].disable_adapter(), models[1].disable_adapter():
+        assert same(models, cache, PROMPTS) == 52
+    # A mixed batch finds what each adapter has stored by itself.
+    assert same(models, cache, PROMPTS, adapter_names=MIXED) == 0
+    # Answers, too, are under the adapter that gave them.
+    turns = generate(models[1], [SYSTEM], cache)[:, :-1].tolist()
+    for model in models:
+        model.set_adapter(NAMES[0])
+    assert same(models, cache, turns) == 7
+
+
+def test_plain_forwards_under_another_adapter_are_not_kept(models):
+    stock, pat = models
+    cache = pat_hf.PATCache(pat, 1 << 30, page_size=16)
+    pat.set_adapter(NAMES[0])
+    stock.set_adapter(NAMES[0])
+    same(models, cache, [SYSTEM])
+    pat.set_adapter(NAMES[1])
+    more = text(5, 3)
+    pat.get_base_model()(input_ids=torch.tensor([more]), past_key_values=cache)
+    pat.set_adapter(NAMES[0])
+    assert same(models, cache, [generate(stock, [SYSTEM])[0, :-1].tolist() + more]) == 7 + 5
+
+
+def test_changed_scale_and_merged_weights_are_other_adapters():
+    models = [adapted(model) for model in pair("Llama")]
+    cache = pat_hf.PATCache(models[1], 1 << 30, page_size=16)
+    assert same(models, cache, [SYSTEM]) == 40
+    for model in models:
+        for module in model.modules():
+            if hasattr(module, "set_scale"):
+                module.set_scale(NAMES[0], 3)
+    assert same(models, cache, [SYSTEM]) == 40
+    for model in models:
+        model.merge_adapter()
+    assert same(models, cache, [SYSTEM]) == 40
+
+
+def test_pins_are_of_the_active_adapter(models):
+    cache = pat_hf.PATCache(models[1], 0, page_size=16)
+    for model in models:
+        model.set_adapter(NAMES[0])
+    cache.pin(SYSTEM)
+    same(models, cache, [SYSTEM])
+    for model in models:
+        model.set_adapter(NAMES[1])
+    with pytest.raises(ValueError, match="not pinned; 1 others"):
+        cache.unpin(SYSTEM)
+    assert same(models, cache, [SYSTEM]) == 40
+    assert same(models, cache, [text(5, 1)]) == 5
+    for model in models:
+        model.set_adapter(NAMES[0])
+    assert same(models, cache, [SYSTEM]) == 0
+
+
+def test_only_what_no_adapter_computed_is_saved(models, tmp_path):
+    cache = pat_hf.PATCache(models[1], 1 << 30, page_size=16)
+    same(models, cache, PROMPTS, adapter_names=MIXED)
+    cache.save(tmp_path / "file")
+    # The same base model without PEFT may read it.
+    plain = pair("Llama")
+    loaded = pat_hf.PATCache.load(tmp_path / "file", plain[1], page_size=16)
+    assert same(plain, loaded, PROMPTS) == 3
+    assert loaded.report().found_tokens == 49
+
+
+def test_names_that_do_not_fit_the_batch(models):
+    cache = pat_hf.PATCache(models[1])
+    kwargs = {"adapter_names": NAMES, "num_return_sequences": 2, "do_sample": True}
+    with pytest.raises(ValueError, match="2 names and the batch 4 rows.*num_return_sequences"):
+        generate(models[1], PROMPTS[:2], cache, **kwargs)
+    assert len(cache.prefixes) == 0
+    # By hand.
+    prompts = [prompt for prompt in PROMPTS[:2] for _ in range(2)]
+    names = [name for name in NAMES for _ in range(2)]
+    same(models, cache, prompts, adapter_names=names, do_sample=True)
+
+
+def test_virtual_tokens_are_refused():
+    config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model = get_peft_model(copy.deepcopy(pair("Llama")[1]), config)
+    cache = pat_hf.PATCache(model)
+    with pytest.raises(ValueError, match="PROMPT_TUNING puts virtual tokens.*DynamicCache"):
+        generate(model, [SYSTEM], cache)

@@ -1,0 +1,125 @@
+"""500 calls of generate() in mixed modes on one cache that is always short of memory."""
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import pat_hf
+from pat_hf.cache.page_pool import SINK
+
+from .models import PAD, batch
+
+PAGE = 16
+LIMIT = 40  # pages
+KEPT = 14
+CALLS = 500
+VOCABULARY = 41
+TOKEN = 2 * 2 * 1 * 16 * 4  # bytes of K and V: layers, heads, dim, float32
+
+
+def models():
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        initializer_range=0.4,
+        bos_token_id=1,
+        eos_token_id=None,
+        pad_token_id=PAD,
+    )
+    torch.manual_seed(0)
+    stock = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    pat = AutoModelForCausalLM.from_config(config, attn_implementation="pat").eval()
+    pat.load_state_dict(stock.state_dict())
+    return stock, pat
+
+
+def prompt_of(rng, said):
+    """A path of a small tree of texts, cut anywhere, or a turn after an earlier answer."""
+    if said and rng.random() < 0.3:
+        return said[rng.integers(len(said))] + rng.integers(2, VOCABULARY, 2).tolist()
+    tokens, branch = [], 0
+    for length in (14, 9, 17):
+        branch = 3 * branch + rng.integers(3)
+        tokens += (
+            np.random.default_rng(branch + 100 * length).integers(2, VOCABULARY, length).tolist()
+        )
+    return tokens[: rng.integers(1, len(tokens) + 1)]
+
+
+def mode_of(rng):
+    mode = rng.choice(["greedy", "sample", "samples", "beams", "lookup", "eos", "one token"])
+    return mode, {
+        "greedy": {},
+        "sample": {"do_sample": True, "temperature": 1.5},
+        "samples": {"do_sample": True, "num_return_sequences": 3},
+        "beams": {"num_beams": 3, "num_return_sequences": 2},
+        "lookup": {"prompt_lookup_num_tokens": 3},
+        "eos": {"eos_token_id": list(range(2, VOCABULARY, 4)), "max_new_tokens": 9},
+        "one token": {"max_new_tokens": 1},
+    }[mode]
+
+
+def check(cache):
+    """The pool counts what the nodes hold, the budget is kept, nothing grows."""
+    pool, nodes = cache.pool, list(cache.prefixes)
+    pool.check(nodes)
+    held = {page for node in nodes for page in node.pages}
+    assert SINK not in held and pool.references[SINK] == 1
+    assert not held & set(pool._free)
+    assert len(held) + len(pool._free) + 1 == len(pool.references) <= LIMIT + 1
+    for tensor in pool._tensors():
+        assert len(tensor) == len(pool.references)
+    assert len(nodes) <= LIMIT
+    report = cache.report()
+    assert report.kept_bytes <= KEPT * PAGE * TOKEN
+    assert report.kept_tokens == sum(node.length for node in cache.prefixes.idle())
+
+
+def test_five_hundred_calls():
+    stock, pat = models()
+    cache = pat_hf.PATCache(pat, KEPT * PAGE * TOKEN, page_size=PAGE, max_tokens=LIMIT * PAGE)
+    rng = np.random.default_rng(0)
+    said, pinned, modes = [], None, set()
+    for call in range(CALLS):
+        mode, kwargs = mode_of(rng)
+        modes.add(mode)
+        prompts = [
+            prompt_of(rng, said) for _ in range(1 if mode == "lookup" else rng.integers(1, 5))
+        ]
+        outs = []
+        for model, given in ((stock, None), (pat, cache)):
+            torch.manual_seed(call)
+            outs.append(
+                model.generate(
+                    **batch(prompts),
+                    past_key_values=given,
+                    pad_token_id=PAD,
+                    **{"do_sample": False, "max_new_tokens": 4} | kwargs,
+                )
+            )
+        assert torch.equal(*outs), (call, mode, prompts)
+        check(cache)
+        answer = outs[0][-1].tolist()
+        if len(answer) < 70 and PAD not in answer:
+            said = [*said[-3:], answer]
+        if call % 7 == 0:
+            if pinned is not None:
+                cache.unpin(pinned)
+            pinned = prompts[0][:40]
+            cache.pin(pinned)
+        if call % 11 == 0:
+            cache.clear()
+            cache.drop(prompts[-1] + [2])
+            check(cache)
+        if call == CALLS // 2:
+            nodes = len(pat._forward_pre_hooks), len(cache.prefixes.roots), len(cache._fed)
+    assert len(modes) == 7
+    assert (len(pat._forward_pre_hooks), len(cache.prefixes.roots)) == nodes[:2]
+    report = cache.report()
+    # The store was of use, and too small.
+    assert report.found_tokens > report.prefilled_tokens / 4 and report.evicted_tokens > 1000
