@@ -760,10 +760,13 @@ class PATCache(Cache):
         if step is None or not step.fits(plan):
             capacity = plan.shape
             if length == 1 and self._decoder is not None and self._decoder.mode != "eager":
-                # As large as it gets in this call, and a bit for forks and other prompts.
+                # As large as it gets in this call, and some more for forks and other prompts.
                 more = self.pool.pages(self._ahead)
                 last = self.plan(order, node.ravel(), position.ravel(), device, more=more).shape
-                capacity = tuple(max(a, b) * 5 // 4 for a, b in zip(plan.shape, last, strict=True))
+                capacity = tuple(
+                    1 << (max(sizes) * 9 // 8).bit_length()
+                    for sizes in zip(plan.shape, last, strict=True)
+                )
             step = Step(device, batch, length, capacity)
             if length == 1:
                 self._workspace.steps[device, batch] = step
