@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import pat_hf
+from pat_hf.prefill import serving
 
 from .models import CORE, batch, pair
 from .test_generate import text
@@ -406,15 +407,15 @@ def test_every_model_is_served_from_the_store_and_from_a_file(name, tmp_path):
 def test_decoding_goes_on_after_saving(tmp_path):
     stock, pat = pair("Llama")
     cache = cache_of()
-    cache.watch(pat)
     logits = []
     for model, given in ((stock, None), (pat, cache)):
-        out = model(input_ids=torch.tensor([SYSTEM] * 3), past_key_values=given, use_cache=True)
-        for token in range(5, 25):
-            if model is pat and token % 6 == 0:
-                saved(tmp_path, cache)  # the rows, equal so far or in part, are merged
-            more = torch.tensor([[token], [token], [token + token // 10]])
-            out = model(input_ids=more, past_key_values=out.past_key_values)
+        with serving(model):
+            out = model(input_ids=torch.tensor([SYSTEM] * 3), past_key_values=given, use_cache=True)
+            for token in range(5, 25):
+                if model is pat and token % 6 == 0:
+                    saved(tmp_path, cache)  # the rows, equal so far or in part, are merged
+                more = torch.tensor([[token], [token], [token + token // 10]])
+                out = model(input_ids=more, past_key_values=out.past_key_values)
         logits.append(out.logits)
     torch.testing.assert_close(*logits, atol=2e-4, rtol=2e-4)
     assert cache.tokens < 2 * 90
