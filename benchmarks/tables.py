@@ -35,7 +35,8 @@ def section(name: str) -> str:
     results = json.loads((RESULTS / f"{name}.json").read_text())
     table = kernels(results) if name.startswith("kernels") else generate(results)
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
-    source = f"`{results['command']}`, {versions}, commit {results['commit'][:7]}."
+    note = f" ({results['note']})" if "note" in results else ""
+    source = f"`{results['command']}`{note}, {versions}, commit {results['commit'][:7]}."
     return f"{table}\n\n{source}\n"
 
 

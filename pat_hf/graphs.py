@@ -28,8 +28,8 @@ logger = logging.get_logger(__name__)
 
 Forward = Callable[..., ModelOutput]
 MODES = ("auto", "eager", "captured", "compiled")
-# Steps that win back what a mode costs to begin with: about 0.1 s, and half a minute.
-_CAPTURE, _COMPILE = 4, 8192
+# Steps that win back what a mode costs to begin with: about 0.1 s, and 15 s.
+_CAPTURE, _COMPILE = 4, 4096
 _INPUTS = {"input_ids", "position_ids", "attention_mask", "past_key_values"}
 
 
