@@ -17,10 +17,11 @@ def layers(model: nn.Module) -> list[nn.Module]:
     """The model's layers that hold adapters; none where PEFT isn't used."""
     if "peft" not in sys.modules:
         return []
+    # A property in PEFT's layers; Transformers' models have a method of that name.
     return [
         module
         for module in model.modules()
-        if hasattr(module, "active_adapters") and hasattr(module, "disable_adapters")
+        if isinstance(getattr(type(module), "disable_adapters", None), property)
     ]
 
 

@@ -92,6 +92,26 @@ def test_changing_adapters_between_calls(models):
     assert same(models, cache, turns) == 7
 
 
+def test_adapters_that_transformers_holds_itself():
+    models = [copy.deepcopy(model) for model in pair("Llama")]
+    for model in models:
+        torch.manual_seed(2)
+        for name in NAMES:
+            config = LoraConfig(target_modules=["v_proj"], r=4, init_lora_weights=False)
+            model.add_adapter(config, name)
+        model.eval()
+    cache = pat_hf.PATCache(models[1], 1 << 30, page_size=16)
+    computed = []
+    for name in NAMES * 2:
+        for model in models:
+            model.set_adapter(name)
+        computed.append(same(models, cache, [SYSTEM]))
+    assert computed == [40, 40, 0, 0]
+    for model in models:
+        model.disable_adapters()
+    assert same(models, cache, [SYSTEM]) == 40
+
+
 def test_plain_forwards_under_another_adapter_are_not_kept(models):
     stock, pat = models
     cache = pat_hf.PATCache(pat, 1 << 30, page_size=16)
