@@ -19,6 +19,7 @@ from pat_hf.cache import archive
 from pat_hf.cache.page_pool import SINK, PagePool, PoolExhausted
 from pat_hf.cache.prefix_tree import Node, PrefixTree, Preorder
 from pat_hf.cache.report import Report, draw
+from pat_hf.cache.step import Step
 from pat_hf.graphs import MODES, Decoder, lease
 from pat_hf.kernels.ops import backend
 from pat_hf.kernels.plan import Heads, Machine, Nodes, Plan, make_plan
@@ -26,78 +27,6 @@ from pat_hf.kernels.plan import Heads, Machine, Nodes, Plan, make_plan
 _T = TypeVar("_T")
 _AHEAD = 512  # new tokens of a request that pages are reserved for; longer answers add to them
 _NEVER = np.iinfo(np.int64).max
-
-
-class Step:
-    """What the layers need in one forward: the plan, and where the new tokens go.
-
-    Its tensors keep their addresses when another plan is loaded, so that graphs may hold them.
-
-    Args:
-        device: where the plan goes.
-        batch, length: shape of the forward's input.
-        capacity: (C, W) of the plans to come.
-    """
-
-    def __init__(self, device: torch.device, batch: int, length: int, capacity: tuple[int, int]):
-        self.shape = (batch, length)
-        # Tensors made in inference mode could not be advanced outside of it.
-        with torch.inference_mode(False):
-            self.tensor = torch.empty((1, 1, *capacity), dtype=torch.int32, device=device)
-            targets = torch.empty((2, batch * length), dtype=torch.int64, device=device)
-        self._targets = {device: targets}
-
-    def load(
-        self,
-        plan: Plan,
-        pages: np.ndarray,
-        slots: np.ndarray,
-        columns: int,
-        real: np.ndarray | None = None,
-        grown: dict[int, int] | None = None,
-    ) -> Step:
-        """Makes this the step of a plan.
-
-        Args:
-            plan: of the forward's query rows; fits the capacity.
-            pages, slots: int64 [batch * length], where each token is stored.
-            columns: by how much the forward lengthens every request, padding included.
-            real: bool [batch, columns], padding `False`; `None` where there is none.
-            grown: requests that the step lengthens, and by how many tokens.
-        """
-        self.columns, self.real, self.grown = columns, real, grown or {}
-        self.written: set[int] = set()  # layers that have stored their K and V
-        _upload(plan.tensor("cpu", tuple(self.tensor.shape[2:])), self.tensor)
-        for targets in self._targets.values():
-            _upload(torch.from_numpy(np.stack([pages, slots])), targets)
-        return self
-
-    def fits(self, plan: Plan) -> bool:
-        """Whether the plan fits the capacity."""
-        return all(
-            need <= have for need, have in zip(plan.shape, self.tensor.shape[2:], strict=True)
-        )
-
-    def targets(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pages and slots, on a layer's device."""
-        if device not in self._targets:
-            with torch.inference_mode(False):
-                self._targets[device] = next(iter(self._targets.values())).to(device)
-        return tuple(self._targets[device])
-
-    def advance(self) -> None:
-        """Moves every request one token on, inside the pages that it has."""
-        Plan.positions(self.tensor).add_(1)
-        for targets in self._targets.values():
-            targets[1].add_(1)
-        self.written.clear()
-
-
-def _upload(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copies from the CPU; on a GPU without waiting for what is queued there."""
-    if target.is_cuda:
-        source = source.pin_memory()
-    target.copy_(source, non_blocking=True)
 
 
 class KVLength(int):

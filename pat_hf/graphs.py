@@ -22,7 +22,8 @@ from pat_hf.kernels.ops import store
 
 if TYPE_CHECKING:
     from pat_hf.cache.page_pool import PagePool
-    from pat_hf.cache.pat_cache import PATCache, Step
+    from pat_hf.cache.pat_cache import PATCache
+from pat_hf.cache.step import Step
 
 logger = logging.get_logger(__name__)
 

@@ -20,8 +20,9 @@ from transformers.utils import logging
 
 from pat_hf import adapters
 from pat_hf.cache.page_pool import SINK
-from pat_hf.cache.pat_cache import PATCache, Step
+from pat_hf.cache.pat_cache import PATCache
 from pat_hf.cache.prefix_tree import Node, Preorder
+from pat_hf.cache.step import Step
 
 logger = logging.get_logger(__name__)
 
