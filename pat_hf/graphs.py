@@ -84,6 +84,7 @@ class Workspace:
         state: of the model, when the memory was last used.
         steps: by batch, the buffers that decode steps are planned in.
         graphs: captured decode steps, by all that they depend on.
+        pool: of PyTorch's allocator, for what the graphs compute: one is replayed at a time.
     """
 
     def __init__(self) -> None:
@@ -91,6 +92,7 @@ class Workspace:
         self.state: Hashable = None
         self.steps: dict[Hashable, Step] = {}
         self.graphs: dict[Hashable, Graph] = {}
+        self.pool: tuple[int, int] | None = None
 
 
 _free: weakref.WeakKeyDictionary[PreTrainedModel, list[Workspace]] = weakref.WeakKeyDictionary()
@@ -120,10 +122,16 @@ class Graph:
         cache: its pages, and the plan and targets of its step, are captured by address.
         inputs: of the step; `input_ids` and `position_ids` are given anew with every replay.
         compiled: whether decoder layers go through torch.compile.
+        pool: of PyTorch's allocator, to share with other graphs; `None` for one of its own.
     """
 
     def __init__(
-        self, forward: Forward, cache: PATCache, inputs: dict[str, Any], compiled: bool = False
+        self,
+        forward: Forward,
+        cache: PATCache,
+        inputs: dict[str, Any],
+        compiled: bool = False,
+        pool: tuple[int, int] | None = None,
     ):
         self._given = {name: inputs[name].clone() for name in ("input_ids", "position_ids")}
         device = inputs["input_ids"].device
@@ -141,8 +149,9 @@ class Graph:
             if others:
                 raise TypeError(f"its output has {', '.join(others)}")
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(self._graph, pool, stream, "thread_local"):
                 self._out = forward(**inputs)
+        self.pool = self._graph.pool()
         current.wait_stream(stream)
 
     def __call__(self, inputs: dict[str, Any]) -> ModelOutput:
@@ -242,7 +251,8 @@ class Decoder:
             workspace.graphs = {k: g for k, g in workspace.graphs.items() if k[2] != key[2]}
             try:
                 compiled = self.mode == "compiled"
-                graph = workspace.graphs[key] = Graph(forward, cache, inputs, compiled)
+                graph = Graph(forward, cache, inputs, compiled, workspace.pool)
+                workspace.graphs[key], workspace.pool = graph, graph.pool
             except Exception as error:
                 self._give_up(error)
                 return None

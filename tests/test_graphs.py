@@ -24,8 +24,9 @@ class Rerun(graphs.Graph):
     """A graph that is run again instead of replayed."""
 
     made = 0
+    pool = None
 
-    def __init__(self, forward, cache, inputs, compiled=False):
+    def __init__(self, forward, cache, inputs, compiled=False, pool=None):
         Rerun.made += 1
         self._forward, self._cache, self._compiled = forward, weakref.ref(cache), compiled
         self._given = {name: inputs[name].clone() for name in ("input_ids", "position_ids")}
