@@ -261,6 +261,18 @@ def test_a_forward_that_was_replaced_before_is_there_again():
     assert pat.forward.__wrapped__ == forward and len(calls) == 40
 
 
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_beams_begin_with_the_pages_of_one(page_size):
+    _, pat = pair("Llama")
+    prompt, used = batch([text(4096, 8)]), {}
+    for beams in (1, 8):
+        cache = pat_hf.PATCache(pat, page_size=page_size)
+        generate(pat, prompt, cache, do_sample=False, num_beams=beams, max_new_tokens=3)
+        assert cache.batch_size == beams
+        used[beams] = cache.pool.used
+    assert used[8] <= 1.1 * used[1]
+
+
 def finishing(stock, inputs):
     """An id that some requests of a batch generate early and others late or never."""
     out = generate(stock, inputs, do_sample=False, max_new_tokens=90)
