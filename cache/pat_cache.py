@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +20,11 @@ from pat_hf.cache.page_pool import SINK, PagePool, PoolExhausted
 from pat_hf.cache.prefix_tree import Node, PrefixTree, Preorder
 from pat_hf.cache.report import Report, draw
 from pat_hf.cache.step import Step
+from pat_hf.cache.store import Store
 from pat_hf.graphs import MODES, Decoder, lease
 from pat_hf.kernels.ops import backend
 from pat_hf.kernels.plan import Heads, Machine, Nodes, Plan, make_plan
 
-_T = TypeVar("_T")
 _AHEAD = 512  # new tokens of a request that pages are reserved for; longer answers add to them
 _NEVER = np.iinfo(np.int64).max
 
@@ -77,8 +77,6 @@ class PATCache(Cache):
         prefill_tokens: int = 8192,
         decode: str = "auto",
     ):
-        if keep_bytes is not None and keep_bytes < 0:
-            raise ValueError(f"keep_bytes={keep_bytes}: it must be 0 or more, or None.")
         if prefill_tokens < 1:
             raise ValueError(f"prefill_tokens={prefill_tokens}: at least one is needed.")
         if decode not in MODES:
@@ -88,12 +86,10 @@ class PATCache(Cache):
         self._model = weakref.ref(unwrapped(model))
         self.heads = _heads(self.config, model.dtype)
         super().__init__(layers=[])
-        self.keep_bytes = keep_bytes
         self.prefill_tokens = prefill_tokens
         self.decode = decode
         self._workspace = lease(self._model(), self)
-        self.pool = PagePool(page_size, max_tokens, self._workspace.memory)
-        self.prefixes = PrefixTree(self.pool)
+        self.store = Store(page_size, max_tokens, keep_bytes, self._workspace.memory)
         self._decoder: Decoder | None = None
         self._tuned: list[weakref.ref[nn.Module]] = []  # layers with adapters
         self._clear()
@@ -103,7 +99,6 @@ class PATCache(Cache):
         self.prompted = 0  # prompt tokens given, padding left out
         self.prefilled = 0  # of these, tokens that went through the model
         self.found = 0  # and distinct ones that were stored before
-        self.evicted = 0  # tokens
 
     def _clear(self) -> None:
         self.families: list[Hashable] = []  # of the requests
@@ -119,6 +114,21 @@ class PATCache(Cache):
         self._room = 0  # steps until an open leaf needs a page
         # ids of the tokens fed since the prompts, [requests, any] each; None where not told
         self._fed: list[torch.Tensor | None] = []
+
+    @property
+    def prefixes(self) -> PrefixTree:
+        """The requests as paths of a tree, and what is kept beside them."""
+        return self.store.tree
+
+    @property
+    def pool(self) -> PagePool:
+        """The pages of K and V."""
+        return self.store.pool
+
+    @property
+    def keep_bytes(self) -> int | None:
+        """The budget of what is kept beyond the batch."""
+        return self.store.keep_bytes
 
     # What Transformers asks of a cache
 
@@ -231,19 +241,12 @@ class PATCache(Cache):
         self._forget()
 
     def _forget(self) -> None:
-        self.prefixes.select([], keep=self.keep_bytes is not None)
+        self.store.select([])
         self._clear()
-        self._trim()
 
     def reset(self) -> None:
         """Forgets everything, pins and counts included, and gives the memory back."""
-        self._workspace.memory.release()
-        self.pool = PagePool(
-            self.pool.page_size,
-            None if self.pool.limit is None else self.pool.limit * self.pool.page_size,
-            self._workspace.memory,
-        )
-        self.prefixes = PrefixTree(self.pool)
+        self.store = self.store.empty()
         self._clear()
         self._count()
 
@@ -265,17 +268,11 @@ class PATCache(Cache):
         removed = self._tokens()[:, keep:].sum(1)
         self._fed = [ids[:, : max(0, keep - self._prompt_columns)] for ids in self._fed_together()]
         for request, tokens in enumerate(removed.tolist()):
-            length = self.prefixes.length(request) - tokens
-            self._with_room(lambda r=request, n=length: self._shorten(r, n))
+            self.store.truncate(request, tokens)
         self._columns, self._mask = keep, self._mask[:, :keep]
         self._prompt_columns = min(self._prompt_columns, keep)
         self._ended[self._ended > keep] = _NEVER
         self.step = None
-        if self.keep_bytes is not None:
-            self._trim()
-
-    def _shorten(self, request: int, length: int) -> None:
-        self.prefixes.truncate(request, self.prefixes.length(request) - length)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Makes requests `beam_idx` the batch; shared pages are passed on by reference."""
@@ -291,19 +288,16 @@ class PATCache(Cache):
 
     def _select(self, indices: Sequence[int]) -> None:
         self._withdraw()
-        self.prefixes.select(indices, self.pool.page_size, keep=self.keep_bytes is not None)
+        self.store.select(indices)
         self._mask, self._ended = self._mask[list(indices)], self._ended[list(indices)]
         self.families = [self.families[i] for i in indices]
         self._fed = [ids[list(indices)] for ids in self._fed_together()]
         self.step = None
-        if self.keep_bytes is not None:
-            self._trim()
 
     def __deepcopy__(self, memo: dict) -> PATCache:
         twin = copy.copy(self)
         twin._workspace = lease(self._model(), twin)
-        twin.pool = self.pool.copy(twin._workspace.memory)
-        twin.prefixes = self.prefixes.copy(twin.pool)
+        twin.store = self.store.copy(twin._workspace.memory)
         twin._mask, twin._ended = self._mask.copy(), self._ended.copy()
         twin._fed = list(self._fed)
         twin.step = twin._decoder = None
@@ -331,28 +325,16 @@ class PATCache(Cache):
         ]
         self._withdraw()
         self._label()
-        least = self._least_pages(prompts)
-        try:
-            self._share(prompts)
-            pages = self._pages(self.prefixes) - self._pages(self.prefixes.idle())
-        except PoolExhausted:
-            pages = None
-        room = len(prompts) * self.pool.pages(ahead)
-        if pages is None or pages > least and pages + room > self.pool.limit:
-            # What is stored cuts the prompts into more nodes, and so pages, than there is room for.
-            self._forget()
-            self.evicted += sum(self.prefixes.evict())
-            self._share(prompts)
+        self.store.admit(prompts, ahead)
         self._fed = []
+        nodes = self.prefixes.live()
+        missing = [node for node in nodes if node.pages is None]
         try:
-            self._trim()
-            nodes = self.prefixes.live()
-            missing = [node for node in nodes if node.pages is None]
-            pages = self._pages(missing)
+            pages = self.store.pages(missing)
             ahead = len(self.prefixes) * self.pool.pages(min(ahead, _AHEAD))
             if self.pool.limit is not None:  # nothing is evicted only for what may be generated
                 ahead = max(0, min(ahead, self.pool.limit - self.pool.used - pages))
-            self._with_room(lambda: self.pool.reserve(pages + ahead))
+            self.store.with_room(lambda: self.pool.reserve(pages + ahead))
             if self._decoder is not None and not self.pool.layers:
                 self._decoder.prepare(self._workspace, self.pool)
             self.pool.extend([(node, 0) for node in missing])
@@ -367,44 +349,6 @@ class PATCache(Cache):
         self._mask, self._ended = mask.copy(), np.full(len(mask), _NEVER)
         self.step = None
         return missing
-
-    def _share(self, prompts: Iterable[tuple[np.ndarray, Hashable]]) -> None:
-        """Makes prompts the requests, and leaves all else that can be found again idle."""
-        first = len(self.prefixes)
-        try:
-            for prompt in prompts:
-                self._with_room(lambda prompt=prompt: self.prefixes.insert(*prompt))
-            self._with_room(self.prefixes.cut)
-        except BaseException:
-            self.prefixes.select(range(first), keep=True)  # a split found no pages
-            raise
-        self.prefixes.select(range(first, len(self.prefixes)), keep=True)
-
-    def _least_pages(self, prompts: Iterable[tuple[np.ndarray, Hashable]]) -> float:
-        """Pages that the prompts take with nothing but pins beside them; infinite without a limit.
-
-        Raises:
-            PoolExhausted: if that is more than the limit.
-        """
-        if self.pool.limit is None:
-            return np.inf
-        alone = self.prefixes.copy()
-        alone.cut()
-        alone.select([])
-        sum(alone.evict())
-        pinned = self._pages(alone)
-        for prompt in prompts:
-            alone.insert(*prompt)
-        pages = self._pages(alone)
-        if pages > self.pool.limit:
-            beside = f" with the {pinned} that are pinned" if pinned else ""
-            raise PoolExhausted(
-                f"The prompts take {pages} pages of {self.pool.page_size} tokens{beside}, and "
-                f"max_tokens allows {self.pool.limit}. Raise max_tokens to "
-                f"{pages * self.pool.page_size:,} or more, or give fewer or shorter prompts. "
-                f"{self._holdings()}"
-            )
-        return pages
 
     def _families(self, batch: int) -> list[Hashable]:
         """What the adapters are that compute each row now."""
@@ -423,35 +367,6 @@ class PATCache(Cache):
         for node in nodes:
             self.pool.drop(node)
         self._forget()
-
-    def _with_room(self, act: Callable[[], _T]) -> _T:
-        """`act()`, for which idle nodes are evicted if it finds too few pages."""
-        while True:
-            try:
-                return act()
-            except PoolExhausted as error:
-                enough = self.pool.used - error.missing
-                for tokens in self.prefixes.evict():
-                    self.evicted += tokens
-                    if self.pool.used <= enough:
-                        break
-                else:
-                    raise
-
-    def _trim(self) -> None:
-        """Evicts what is over the budget."""
-        pages, evictions = self._pages(self.prefixes.idle()), self.prefixes.evict()
-        while pages * self._page_bytes > (self.keep_bytes or 0):
-            tokens = next(evictions)
-            pages -= self.pool.pages(tokens)
-            self.evicted += tokens
-
-    def _pages(self, nodes: Iterable[Node]) -> int:
-        return sum(self.pool.pages(node.length) for node in nodes)
-
-    @property
-    def _page_bytes(self) -> int:
-        return self.pool.page_size * self.pool.bytes_per_token
 
     def arm(
         self, model: PreTrainedModel, steps: int, compile: bool, stops: Sequence[int] = ()
@@ -658,12 +573,12 @@ class PATCache(Cache):
         leaves = {r: self.prefixes.append(r, int(n)) for r, n in enumerate(counts) if n}
         try:
             grown = [(leaf, leaf.length - int(counts[r])) for r, leaf in leaves.items()]
-            self._with_room(lambda: self.pool.extend(grown))
+            self.store.with_room(lambda: self.pool.extend(grown))
         except PoolExhausted as error:
             for request in leaves:
                 self.prefixes.truncate(request, int(counts[request]))
             raise PoolExhausted(
-                f"{error} {self._holdings()} Raise max_tokens, generate fewer tokens or "
+                f"{error} {self.store.holdings()} Raise max_tokens, generate fewer tokens or "
                 "requests, or free some with batch_select_indices or reset()."
             ) from None
         size = self.pool.page_size
@@ -775,17 +690,17 @@ class PATCache(Cache):
             depth=max((len(self.prefixes.path(r)) for r in range(len(self.prefixes))), default=0),
             tokens=self.tokens,
             dense_tokens=self.dense_tokens,
-            bytes_held=len({page for n in live for page in n.pages or ()}) * self._page_bytes,
+            bytes_held=len({page for n in live for page in n.pages or ()}) * self.store.page_bytes,
             bytes_per_token=per_token,
             read_tokens=read,
             prompt_tokens=self.prompted,
             prefilled_tokens=self.prefilled,
             found_tokens=self.found,
             kept_tokens=sum(node.length for node in idle),
-            kept_bytes=self._pages(idle) * self._page_bytes,
+            kept_bytes=self.store.pages(idle) * self.store.page_bytes,
             keep_bytes=self.keep_bytes,
             pinned_prompts=len(self.prefixes.pins),
-            evicted_tokens=self.evicted,
+            evicted_tokens=self.store.evicted,
             backend=backend(self.device),
             decoding=self.decoding,
             fallback=self.fallback,
@@ -800,17 +715,6 @@ class PATCache(Cache):
         """Where the first layer's pages are."""
         layers = self.pool.layers
         return layers[min(layers)].keys.device if layers else torch.device("cpu")
-
-    def _holdings(self) -> str:
-        live, idle = self.prefixes.live(), self._pages(self.prefixes.idle())
-        prompts = self._pages(n for n in live if not n.open)
-        generated = self._pages(n for n in live if n.open)
-        pinned = self._pages(self.prefixes) - idle - prompts - generated
-        kept = f", {idle} kept and {pinned} pinned of earlier calls" if idle or pinned else ""
-        return (
-            f"The cache holds {len(self.prefixes)} requests: {prompts} pages of prompts and "
-            f"{generated} of generated tokens{kept}."
-        )
 
     # What is kept beyond the batch
 
@@ -842,7 +746,7 @@ class PATCache(Cache):
                 f"This prompt of {len(tokens)} tokens is not pinned; {len(self.prefixes.pins)} "
                 "others are. Give the same ids as to pin(), under the same adapter."
             ) from None
-        self._trim()
+        self.store.trim()
 
     def drop(self, input_ids: torch.Tensor | np.ndarray | Sequence[int]) -> int:
         """Removes a prompt and its answers, but nothing that another kept prompt needs.
@@ -911,8 +815,8 @@ class PATCache(Cache):
         cache = cls(model, **options)
         archive.read(path, cache.prefixes, cache.pool, cache._model())
         if cache.keep_bytes is None:
-            cache.keep_bytes = cache._pages(cache.prefixes) * cache._page_bytes
-        cache._trim()
+            cache.store.keep_bytes = cache.store.pages(cache.prefixes) * cache.store.page_bytes
+        cache.store.trim()
         return cache
 
 
