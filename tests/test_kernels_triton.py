@@ -15,6 +15,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from pat_hf.kernels.forward import forward_kernel, tiles  # noqa: E402
+from pat_hf.kernels.plan import Machine  # noqa: E402
 
 CHECK = Path(__file__).parent / "gpu" / "check.py"
 SHARED = {80: 163 << 10, 90: 227 << 10}
@@ -37,13 +38,12 @@ def test_interpreted_kernels_equal_the_reference():
 def test_shapes_fit_registers_and_shared_memory(capability, dtype, dim):
     shapes = tiles(4 if dtype == "fp32" else 2, dim)
     for i, tile in enumerate(shapes):
-        above = shapes[i + 1].rows if i + 1 < len(shapes) else 0
-        kernel = _compile(tile, above, dtype, dim, capability)
+        kernel = _compile(tile, i, dtype, dim, capability)
         assert kernel.metadata.shared * tile.per_sm <= SHARED[capability], tile
         assert _stack_bytes(kernel.asm["cubin"]) <= STACK, tile
 
 
-def _compile(tile, above, dtype, dim, capability, heads=8, group=4, page=64):
+def _compile(tile, i, dtype, dim, capability, heads=8, group=4, page=64):
     strides = {
         name: stride
         for side in ("sk", "sv")
@@ -51,8 +51,9 @@ def _compile(tile, above, dtype, dim, capability, heads=8, group=4, page=64):
     }
     constants = {
         **{"T": 1, "H": heads, "G": group, "K": dim, "V": dim, "P": page, **strides},
-        **{"sk_t": dim, "sv_t": dim, "ABOVE": above, "ROWS": tile.rows},
-        **{"BM": tile.m, "BN": tile.n, "BK": dim, "BV": dim, "USE_BRANCH": tile.branch},
+        **{"sk_t": dim, "sv_t": dim, "SHAPE": i, "STEP": 8},
+        **{"ROWS": Machine.gpu(1).shapes[i].rows, "N": Machine.gpu(1).shapes[i].tokens},
+        **{"BM": tile.m, "BN": tile.n, "BK": dim, "BV": dim, "STREAM_Q": tile.stream_q},
         **{"USE_WINDOW": False, "USE_SOFTCAP": False, "USE_SINKS": False},
         **{"IS_FLOAT32": dtype == "fp32", "USE_PDL": capability >= 90},
     }
