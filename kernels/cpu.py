@@ -121,7 +121,8 @@ def _work(
     ]
     counts = np.diff(tables.merge_ptr)
     rows = len(counts)
-    owner, split = np.repeat(np.arange(rows), counts), np.flatnonzero(counts)
+    owner, split = np.empty(len(tables.slots), np.int64), np.flatnonzero(counts)
+    owner[tables.slots] = np.repeat(np.arange(rows), counts)
     return _Work(
         jobs,
         rows,
@@ -175,9 +176,11 @@ def _job(
     # Tiles are gathered by chunks, which lie in a page each.
     size = min(tokens, tables.page_size)
     entry, used = _padded(blocks[:, 0], blocks[:, 1])
-    rows, slots = tables.rows[entry].astype(np.int64), tables.slots[entry]
+    rows = tables.rows[entry].astype(np.int64)
     last = tables.positions[rows]
-    target = np.where(slots < 0, rows, len(tables.positions) + slots)
+    slot = tables.steps[blocks[:, 2], 5][:, None]
+    behind = slot + np.arange(rows.shape[1])
+    target = np.where(slot < 0, rows, len(tables.positions) + behind)
 
     step, real = _padded(blocks[:, 2], blocks[:, 3])
     first, length = np.moveaxis(tables.steps[step, :2], -1, 0)

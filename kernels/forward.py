@@ -50,9 +50,9 @@ def tiles(itemsize: int, dim: int) -> tuple[Tile, ...]:
             Tile(32, 32, 4, 2, 2),
         )
     return (
-        Tile(16, 32, 1, 3, 5, stream_q=True),
+        Tile(16, 32, 2, 3, 4, stream_q=True),
         Tile(64, 64, 4, 2, 2),
-        Tile(128, 64, 8, 3, 1),
+        Tile(128, 128, 8, 2, 1),
     )
 
 
@@ -63,10 +63,10 @@ def _seen(p_step, advance):
 
 
 @triton.jit
-def _load_rows(p_table, p_step, o_r, other, G: tl.constexpr):
-    """A table's entries of a block's rows, [BM]."""
-    m_r = o_r < tl.load(p_step + 5) * G
-    return tl.load(p_table + tl.load(p_step + 4) + o_r // G, mask=m_r, other=other)
+def _rows(p_rows, p_step, o_r, G: tl.constexpr):
+    """A block's query rows, [BM], and which of them there are."""
+    m_r = o_r < tl.load(p_step + 6) // 4 * G
+    return tl.load(p_rows + tl.load(p_step + 4) + o_r // G, mask=m_r, other=0), m_r
 
 
 @triton.jit
@@ -98,6 +98,52 @@ def _tile(p, where, o_n, o_d, sp, st, P: tl.constexpr):
         return p + (page + slot)[:, None] + o_d[None, :]
     else:
         return p + (page + slot) + (o_n[:, None] * st + o_d[None, :])
+
+
+@triton.jit
+def _finish(
+    p_step,
+    p_rows,
+    o_r,
+    o_v,
+    i_hq,
+    b_max,
+    b_sum,
+    b_out,
+    out,
+    partial,
+    lse,
+    sinks,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    V: tl.constexpr,
+    USE_SINKS: tl.constexpr,
+):
+    """Stores a block's partials, or its output."""
+    slot = tl.load(p_step + 5)
+    m_v = (o_v < V)[None, :]
+    if slot >= 0:
+        m_r = o_r < tl.load(p_step + 6) // 4 * G
+        o_p = (slot + o_r // G).to(tl.int64) * (H * G) + i_hq
+        b_scale = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
+        tl.store(lse + o_p, b_max + tl.log2(b_sum), mask=m_r)
+        p_partial = partial + o_p[:, None] * V + o_v[None, :]
+        tl.store(p_partial, b_out * b_scale[:, None], mask=m_r[:, None] & m_v)
+    else:
+        i_r, m_r = _rows(p_rows, p_step, o_r, G)
+        if USE_SINKS:
+            b_sink = tl.load(sinks + i_hq, mask=m_r, other=0.0).to(tl.float32)
+            b_sink = b_sink * 1.4426950408889634
+            b_top = tl.maximum(b_max, b_sink)
+            b_old = tl.exp2(b_max - b_top)
+            b_scale = b_old / (b_sum * b_old + tl.exp2(b_sink - b_top))
+        else:
+            b_scale = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
+        o_p = i_r.to(tl.int64) * (H * G) + i_hq
+        p_out = out + o_p[:, None] * V + o_v[None, :]
+        tl.store(
+            p_out, (b_out * b_scale[:, None]).to(out.dtype.element_ty), mask=m_r[:, None] & m_v
+        )
 
 
 @triton.jit
@@ -169,7 +215,6 @@ def forward_kernel(
     p_lanes = plan + tl.load(plan + 7)
     p_steps = plan + tl.load(plan + 9)
     p_rows = plan + tl.load(plan + 13)
-    p_slots = plan + tl.load(plan + 15)
     advance = tl.load(plan + W) - tl.load(plan + 3)
     # Scores as they come from the first product, or as the softcap leaves them, to base 2.
     c_scale = 1.0 if USE_SOFTCAP else qk_scale
@@ -187,10 +232,10 @@ def forward_kernel(
         p_step = p_steps + (begin // PIECES) * STEP
         seen = _seen(p_step, advance)
         where = _chunks(p_step, 0, o_n, seen, BN, CHUNK)
-        i_r = _load_rows(p_rows, p_step, o_r, 0, G)
+        i_r, _ = _rows(p_rows, p_step, o_r, G)
         fresh = tl.load(p_step + 6)
         p_step = p_steps + (tl.minimum(begin + 1, end - 1) // PIECES) * STEP
-        row, rows = tl.load(p_step + 4), tl.load(p_step + 5)
+        row, rows = tl.load(p_step + 4), tl.load(p_step + 6)
 
         b_q = tl.zeros([BM, BK], q.dtype.element_ty)
         b_max = tl.full([BM], float("-inf"), tl.float32)
@@ -202,13 +247,8 @@ def forward_kernel(
             keys = seen - i_piece * BN
             edge = tl.load(p_step + 6)
             starts = edge % 2 > i_piece
-            ends = edge // 2 > PIECES - 1 - i_piece
             # Keys that all rows see.
             common = tl.load(p_step + 3) + advance - i_piece * BN
-            # Used at the end, asked for now.
-            m_r = o_r < tl.load(p_step + 5) * G
-            i_b = _load_rows(p_rows, p_step, o_r, 0, G)
-            slot = _load_rows(p_slots, p_step, o_r, -1, G)
             # [BN, BK], [BN, BV]
             m_k = o_n < keys
             if USE_WINDOW:
@@ -231,19 +271,18 @@ def forward_kernel(
                     b_q = b_next
             else:
                 if starts:
-                    m_q = o_r < tl.load(p_step + 5) * G
-                    i_q = _load_rows(p_rows, p_step, o_r, 0, G)
+                    i_q, m_q = _rows(p_rows, p_step, o_r, G)
                     b_q = _load_queries(q, i_q, m_q, o_k, i_hq, T, sq_b, sq_h, sq_t, K)
 
             # What a step needs is read a step ahead, the places of the rows' numbers two.
-            i_r = tl.load(p_rows + row + o_r // G, mask=o_r < rows * G, other=0)
+            i_r = tl.load(p_rows + row + o_r // G, mask=o_r < rows // 4 * G, other=0)
             i_next = tl.minimum(i + 1, end - 1)
             p_next = p_steps + (i_next // PIECES) * STEP
             seen = _seen(p_next, advance)
             fresh = tl.load(p_next + 6)
             where = _chunks(p_next, i_next % PIECES, o_n, seen, BN, CHUNK)
             p_next = p_steps + (tl.minimum(i + 2, end - 1) // PIECES) * STEP
-            row, rows = tl.load(p_next + 4), tl.load(p_next + 5)
+            row, rows = tl.load(p_next + 4), tl.load(p_next + 6)
 
             # [BM, BN]
             if IS_FLOAT32:
@@ -255,11 +294,21 @@ def forward_kernel(
                 b_s = (1.0 - 2.0 / (1.0 + tl.exp2(b_s * (2.8853900817779268 / softcap)))) * (
                     softcap * 1.4426950408889634
                 )
+            # The block before is finished here: nothing but this loop's products may touch b_out
+            # while they run.
+            if starts & (i > begin):
+                _finish(
+                    p_step - STEP, p_rows, o_r, o_v, i_hq,
+                    b_max, b_sum, b_out, out, partial, lse, sinks, H, G, V, USE_SINKS,
+                )  # fmt: skip
+                b_max = tl.full([BM], float("-inf"), tl.float32)
+                b_sum = tl.zeros([BM], tl.float32)
+                b_out = tl.zeros([BM, BV], tl.float32)
             ragged = keys > common
             if USE_WINDOW:
                 ragged = ragged | (tl.load(p_step + 2) + advance > window + i_piece * BN)
             if ragged | (keys < BN):
-                i_p = _load_rows(p_rows, p_step, o_r, 0, G)
+                i_p, _ = _rows(p_rows, p_step, o_r, G)
                 o_p = tl.load(plan + W + i_p) - tl.load(p_step) - i_piece * BN
                 m_s = (o_n < keys)[None, :] & (o_n[None, :] <= o_p[:, None])
                 if USE_WINDOW:
@@ -277,32 +326,10 @@ def forward_kernel(
                 b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out)
             b_max = b_new
 
-            if ends:
-                m_v = (o_v < V)[None, :]
-                m_slot = slot >= 0
-                p_slot = slot.to(tl.int64) * (H * G) + i_hq
-                b_ref = tl.where(b_sum == 0.0, 1.0, b_sum)
-                tl.store(lse + p_slot, b_max + tl.log2(b_sum), mask=m_slot)
-                tl.store(
-                    partial + p_slot[:, None] * V + o_v[None, :],
-                    b_out * (1.0 / b_ref)[:, None],
-                    mask=m_slot[:, None] & m_v,
-                )
-                b_scale = 1.0 / b_ref
-                if USE_SINKS:
-                    b_sink = tl.load(sinks + i_hq, mask=m_r, other=0.0).to(tl.float32)
-                    b_sink = b_sink * 1.4426950408889634
-                    b_top = tl.maximum(b_max, b_sink)
-                    b_old = tl.exp2(b_max - b_top)
-                    b_scale = b_old / (b_sum * b_old + tl.exp2(b_sink - b_top))
-                tl.store(
-                    out + (i_b.to(tl.int64) * (H * G) + i_hq)[:, None] * V + o_v[None, :],
-                    (b_out * b_scale[:, None]).to(out.dtype.element_ty),
-                    mask=(m_r & (slot < 0))[:, None] & m_v,
-                )
-                b_max = tl.full([BM], float("-inf"), tl.float32)
-                b_sum = tl.zeros([BM], tl.float32)
-                b_out = tl.zeros([BM, BV], tl.float32)
+        _finish(
+            p_steps + (end // PIECES - 1) * STEP, p_rows, o_r, o_v, i_hq,
+            b_max, b_sum, b_out, out, partial, lse, sinks, H, G, V, USE_SINKS,
+        )  # fmt: skip
     # Whoever waits for this kernel has waited for the one before, too. One program is enough, and
     # the others make room for the next kernel's.
     if USE_PDL and tl.program_id(0) == 0:

@@ -102,9 +102,9 @@ class Machine:
         """As many programs as `forward.tiles` has resident on `processors` multiprocessors."""
         return Machine(
             (
-                Shape(16, 32, 5 * processors),
+                Shape(16, 32, 4 * processors),
                 Shape(64, 64, 2 * processors),
-                Shape(128, 64, processors),
+                Shape(128, 128, processors),
             ),
             min_split=256,
         )
@@ -131,13 +131,14 @@ class Tables(NamedTuple):
         lanes: [L+1] lane l runs steps lanes[l]..lanes[l+1]-1.
         steps: [T, 7 + chunks] first position; tokens; tokens up to the furthest row's position and
             up to the hindmost row's, as planned, whether they are in the tile or not; the block's
-            first row (into `rows`) and number of rows; 1 for the first step of a block plus 2 for
-            the last; and of each chunk, the page times the page size plus the slot of its first
-            token.
+            first row (into `rows`); where that row's partial goes, those of the others behind it,
+            or -1: the block is its rows' only one; four times the number of rows, plus 1 in the
+            first step of a block, plus 2 in the last; and of each chunk, the page times the page
+            size plus the slot of its first token.
         blocks: [B, 4] first row, end row (into `rows`), first step, end step.
         rows: [K] query rows, B * T of q [B, heads, T, dim] counted as b * T + t.
-        slots: [K] where the partial of a row goes; -1: the block is the row's only one.
-        merge_ptr: [R+1] the partials of row r are slots merge_ptr[r]..merge_ptr[r+1]-1.
+        slots: the partials of row r are slots[merge_ptr[r]:merge_ptr[r+1]].
+        merge_ptr: [R+1], a row's range is empty if its only block is.
         positions: [R or more] of the query rows, far below 0 if they see nothing; what follows
             the first R is padding.
         page_size: tokens in a page.
@@ -534,23 +535,24 @@ def _tables(
     blocks[:, 3] = end
     owner, index = _expand(counts)
     rows = packs.rows[queries.entry[tile][owner] + index]
+    slots = partials = np.zeros(0, np.int64)
     if len(rows):
+        # A block is final if it is its rows' only one.
+        single = np.bincount(rows)[rows] == 1
+        partial = ~np.logical_and.reduceat(single, blocks[:, 0])
+        split = np.repeat(partial, counts)
+        slots = _stable_argsort(rows[split], len(position))
+        partials = rows[split]
         seeing = np.empty((len(blocks), 5), np.int32)
         seeing[:, 0] = np.maximum.reduceat(position[rows], blocks[:, 0]) + 1
         seeing[:, 1] = np.minimum.reduceat(position[rows], blocks[:, 0]) + 1
         seeing[:, 2] = blocks[:, 0]
-        seeing[:, 3] = counts
-        seeing[:, 4] = 0
+        seeing[:, 3] = np.where(partial, np.cumsum(partial * counts) - counts, -1)
+        seeing[:, 4] = counts * 4
         steps[:, 2:7] = np.repeat(seeing, end - begin, axis=0)
         steps[:, 2:4] -= steps[:, :1]
         steps[begin, 6] += 1
         steps[end - 1, 6] += 2
-
-    partials = np.bincount(rows, minlength=len(position))
-    partials[partials == 1] = 0
-    slots = np.full(len(rows), -1, np.int32)
-    shared = np.flatnonzero(partials[rows])
-    slots[shared[_stable_argsort(rows[shared], len(position))]] = np.arange(len(shared))
 
     shapes = np.empty((len(machine.shapes), 6), np.int32)
     shapes[:, 0] = [shape.rows for shape in machine.shapes]
@@ -565,8 +567,8 @@ def _tables(
         steps,
         blocks,
         rows.astype(np.int32),
-        slots,
-        _offsets(partials).astype(np.int32),
+        slots.astype(np.int32),
+        _offsets(np.bincount(partials, minlength=len(position))).astype(np.int32),
         position.astype(np.int32),
         page_size,
     )

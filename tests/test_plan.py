@@ -83,14 +83,24 @@ def assert_consistent(tables, heads, machine, page_size):
             assert (tiles[1:, 0] == tiles[:-1, :2].sum(1)).all()
             assert (tiles[:, 2] == position.max() + 1 - tiles[:, 0]).all()
             assert (tiles[:, 3] == position.min() + 1 - tiles[:, 0]).all()
-            assert (tiles[:, 4:6] == [row, end_row - row]).all()
+            assert (tiles[:, 4] == row).all() and (tiles[:, 5] == tiles[0, 5]).all()
             assert tiles[:, 6].tolist() == [
-                (tile == first) + 2 * (tile == last - 1) for tile in range(first, last)
+                4 * (end_row - row) + (tile == first) + 2 * (tile == last - 1)
+                for tile in range(first, last)
             ]
-    counts = np.bincount(tables.rows, minlength=len(tables.positions))
+    # A result is a row's only one, or one of its partials.
+    owner = np.full(len(tables.slots), -1)
     for row, (begin, end) in enumerate(zip(tables.merge_ptr, tables.merge_ptr[1:], strict=False)):
-        slots = np.sort(tables.slots[tables.rows == row]).tolist()
-        assert slots == ([-1] * counts[row] if counts[row] < 2 else list(range(begin, end)))
+        owner[tables.slots[begin:end]] = row
+    counts = np.bincount(tables.rows, minlength=len(tables.positions))
+    partials = []
+    for row, end_row, first, _ in blocks.tolist():
+        slot, rows = steps[first, 5], tables.rows[row:end_row]
+        assert slot >= 0 or (counts[rows] == 1).all()
+        if slot >= 0:
+            assert owner[slot : slot + len(rows)].tolist() == rows.tolist()
+            partials += range(slot, slot + len(rows))
+    assert sorted(partials) == list(range(len(owner)))
 
 
 @given(cases(), st.sampled_from(MACHINES))
@@ -162,7 +172,8 @@ def test_children_that_fill_query_tiles_merge():
     nodes = nodes_of([0, 1, 1], [2000, 200, 200])
     plan = plan_of(nodes, np.repeat([0, 1, 2], [1, 128, 100]), machine=machine)
     assert plan.kv_tokens == 8 * 2200 + 7 * 200 + 7 * 2000
-    assert plan.partials == 100 * 2
+    # The one's block is not final for others, so its result is a partial, too.
+    assert plan.partials == 100 * 2 + 1
 
 
 def test_chains_are_one_run():
