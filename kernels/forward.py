@@ -3,8 +3,12 @@
 A kernel for each of the plan's shapes, as many programs as fit the machine, so the grids depend on
 shapes alone and a captured graph stays valid when the plan changes. A program's work is one loop
 over the steps of its lane, whatever blocks they are of: the keys of the next block are on their
-way while this one is finished. The kernels are one chain of programmatic dependent launches: each
+way while this one is computed. The kernels are one chain of programmatic dependent launches: each
 starts as soon as there is room for it, the merge waits for all.
+
+What Triton makes of the loop decides its speed. It fetches ahead, asynchronously, what a step loads
+by addresses that are known before; so addresses are read a step ahead and handed on, and all that
+is wanted after the first product is loaded by the step itself.
 """
 
 from __future__ import annotations
@@ -28,7 +32,8 @@ class Tile(NamedTuple):
             tokens in several pieces.
         warps, stages: Triton's num_warps and num_stages.
         per_sm: programs that are resident on a streaming multiprocessor.
-        stream_q: whether queries are fetched with the keys, ahead of their use.
+        stream_q: whether every step fetches its queries, like its keys; else the first step of a
+            block does, and they are kept in registers.
         registers: the most that a thread may have.
     """
 
@@ -41,13 +46,18 @@ class Tile(NamedTuple):
     registers: int | None = None
 
 
-def tiles(itemsize: int, dim: int) -> tuple[Tile, ...]:
-    """One for each shape of `Machine.gpu`."""
-    if itemsize == 4 or dim > 128:
+def tiles(itemsize: int, dim: int, major: int) -> tuple[Tile, ...]:
+    """One for each shape of `Machine.gpu`; for GPUs of compute capability `major`."""
+    if itemsize == 4:
+        return (Tile(16, 32, 4, 2, 2, stream_q=True),) * 3
+    if dim > 128:
+        wide = Tile(32, 32, 4, 2, 2, stream_q=True)
+        return (Tile(16, 32, 4, 2, 2, stream_q=True), wide, wide)
+    if major < 9:
         return (
-            Tile(16, 32, 4, 2, 2),
-            Tile(32, 32, 4, 2, 2),
-            Tile(32, 32, 4, 2, 2),
+            Tile(16, 32, 2, 3, 3, stream_q=True),
+            Tile(64, 32, 4, 2, 2, stream_q=True),
+            Tile(128, 32, 8, 2, 1, stream_q=True),
         )
     return (
         Tile(16, 32, 2, 3, 4, stream_q=True),
@@ -64,18 +74,16 @@ def _seen(p_step, advance):
 
 @triton.jit
 def _rows(p_rows, p_step, o_r, G: tl.constexpr):
-    """A block's query rows, [BM], and which of them there are."""
+    """A block's query rows, [BM], and which there are; row 0 stands for the others."""
     m_r = o_r < tl.load(p_step + 6) // 4 * G
     return tl.load(p_rows + tl.load(p_step + 4) + o_r // G, mask=m_r, other=0), m_r
 
 
 @triton.jit
-def _load_queries(q, i_r, m_r, o_k, i_hq, T, sq_b, sq_h, sq_t, K: tl.constexpr):
+def _load_queries(q, i_r, o_k, i_hq, T, sq_b, sq_h, sq_t, K: tl.constexpr):
     """Queries of the rows i_r and heads i_hq, [BM, BK]."""
     p_q = q + ((i_r // T).to(tl.int64) * sq_b + i_hq * sq_h + (i_r % T) * sq_t)
-    return tl.load(
-        p_q[:, None] + o_k[None, :], mask=m_r[:, None] & (o_k < K)[None, :], other=0.0
-    )
+    return tl.load(p_q[:, None] + o_k[None, :], mask=(o_k < K)[None, :], other=0.0)
 
 
 @triton.jit
@@ -204,7 +212,7 @@ def forward_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     PIECES: tl.constexpr = N // BN
     CHUNK: tl.constexpr = min(N, P)
-    SUB: tl.constexpr = max(ROWS, G) // BM if max(ROWS, G) % BM == 0 else max(ROWS, G) // BM + 1
+    SUB: tl.constexpr = (max(ROWS, G) + BM - 1) // BM
     o_m = tl.arange(0, BM)
     o_n = tl.arange(0, BN)
     o_k = tl.arange(0, BK)
@@ -233,7 +241,6 @@ def forward_kernel(
         seen = _seen(p_step, advance)
         where = _chunks(p_step, 0, o_n, seen, BN, CHUNK)
         i_r, _ = _rows(p_rows, p_step, o_r, G)
-        fresh = tl.load(p_step + 6)
         p_step = p_steps + (tl.minimum(begin + 1, end - 1) // PIECES) * STEP
         row, rows = tl.load(p_step + 4), tl.load(p_step + 6)
 
@@ -245,9 +252,8 @@ def forward_kernel(
             p_step = p_steps + (i // PIECES) * STEP
             i_piece = i % PIECES
             keys = seen - i_piece * BN
-            edge = tl.load(p_step + 6)
-            starts = edge % 2 > i_piece
-            # Keys that all rows see.
+            # Whether a block begins; and how many keys all its rows see.
+            starts = tl.load(p_step + 6) % 2 > i_piece
             common = tl.load(p_step + 3) + advance - i_piece * BN
             # [BN, BK], [BN, BV]
             m_k = o_n < keys
@@ -265,21 +271,17 @@ def forward_kernel(
             )
             # [BM, BK]
             if STREAM_Q:
-                m_q = o_m < tl.where(fresh % 2 > i_piece, BM, 0)
-                b_next = _load_queries(q, i_r, m_q, o_k, i_hq, T, sq_b, sq_h, sq_t, K)
-                if starts:
-                    b_q = b_next
+                b_q = _load_queries(q, i_r, o_k, i_hq, T, sq_b, sq_h, sq_t, K)
             else:
                 if starts:
-                    i_q, m_q = _rows(p_rows, p_step, o_r, G)
-                    b_q = _load_queries(q, i_q, m_q, o_k, i_hq, T, sq_b, sq_h, sq_t, K)
+                    i_q, _ = _rows(p_rows, p_step, o_r, G)
+                    b_q = _load_queries(q, i_q, o_k, i_hq, T, sq_b, sq_h, sq_t, K)
 
             # What a step needs is read a step ahead, the places of the rows' numbers two.
             i_r = tl.load(p_rows + row + o_r // G, mask=o_r < rows // 4 * G, other=0)
             i_next = tl.minimum(i + 1, end - 1)
             p_next = p_steps + (i_next // PIECES) * STEP
             seen = _seen(p_next, advance)
-            fresh = tl.load(p_next + 6)
             where = _chunks(p_next, i_next % PIECES, o_n, seen, BN, CHUNK)
             p_next = p_steps + (tl.minimum(i + 2, end - 1) // PIECES) * STEP
             row, rows = tl.load(p_next + 4), tl.load(p_next + 6)
@@ -294,8 +296,8 @@ def forward_kernel(
                 b_s = (1.0 - 2.0 / (1.0 + tl.exp2(b_s * (2.8853900817779268 / softcap)))) * (
                     softcap * 1.4426950408889634
                 )
-            # The block before is finished here: nothing but this loop's products may touch b_out
-            # while they run.
+            # The block before is finished here: between the second product and the next step's
+            # first, which waits for it, nothing may touch b_out.
             if starts & (i > begin):
                 _finish(
                     p_step - STEP, p_rows, o_r, o_v, i_hq,
@@ -359,11 +361,13 @@ def forward(
     lse = q.new_empty(width, query_heads, dtype=torch.float32)
     if not out.numel():
         return out
-    processors, pdl = _machine(q.device)
+    processors, major = _machine(q.device)
+    pdl = q.is_cuda and major >= 9
     shapes = Machine.gpu(processors).shapes
     chunks = max(max(shape.tokens for shape in shapes) // page_size, 1)
+    choice = tiles(q.element_size(), max(key_dim, value_dim), major)
     launched = False
-    for i, tile in reversed(list(enumerate(tiles(q.element_size(), max(key_dim, value_dim))))):
+    for i, tile in reversed(list(enumerate(choice))):
         # No block has more rows than the batch.
         if i and rows * group <= shapes[i - 1].rows:
             continue
@@ -396,9 +400,9 @@ def forward(
 
 
 @functools.cache
-def _machine(device: torch.device) -> tuple[int, bool]:
-    """Streaming multiprocessors, and whether programmatic dependent launches exist."""
+def _machine(device: torch.device) -> tuple[int, int]:
+    """Streaming multiprocessors and compute capability; for the interpreter, those to imitate."""
     if device.type != "cuda":
-        return 2, False
+        return 2, 9
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.major >= 9
+    return properties.multi_processor_count, properties.major
