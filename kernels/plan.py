@@ -494,26 +494,19 @@ def _tables(
 
     chunks = max(int(sizes.max()) // page_size, 1)
     steps = np.empty((upto[-1], _STEP + chunks), np.int32)
-    begin, first, last, tokens, start = np.repeat(
-        np.stack(
-            [
-                -upto[:-1] * tokens,
-                nodes.page_ptr[member],
-                length,
-                tokens,
-                nodes.start[member],
-            ]
-        ),
-        counts,
-        axis=1,
+    start, begin, size, length, first = (
+        np.repeat(x.astype(np.int32), counts)
+        for x in (nodes.start[member], upto[:-1] * tokens, tokens, length, nodes.page_ptr[member])
     )
-    begin += np.arange(len(steps)) * tokens
-    steps[:, 0] = start + begin
-    steps[:, 1] = np.minimum(tokens, last - begin)
+    begin = np.arange(len(steps), dtype=np.int32) * size - begin
+    where = start + begin
+    steps[:, 0] = where
+    steps[:, 1] = np.minimum(size, length - begin)
+    shift = page_size.bit_length() - 1
     for chunk in range(chunks):
-        token = np.minimum(begin + chunk * page_size, last - 1) if chunk else begin
-        page = nodes.pages[first + token // page_size]
-        steps[:, _STEP + chunk] = page * page_size + token % page_size
+        token = np.minimum(begin + (chunk << shift), length - 1) if chunk else begin
+        page = np.asarray(nodes.pages, np.int32)[first + (token >> shift)]
+        steps[:, _STEP + chunk] = (page << shift) + (token & (page_size - 1))
 
     # Lanes are cut from the steps of a shape, blocks from the query tiles where lanes end.
     bounds = np.searchsorted(queries.shape, np.arange(len(machine.shapes) + 1))
@@ -543,14 +536,16 @@ def _tables(
         split = np.repeat(partial, counts)
         slots = _stable_argsort(rows[split], len(position))
         partials = rows[split]
-        seeing = np.empty((len(blocks), 5), np.int32)
-        seeing[:, 0] = np.maximum.reduceat(position[rows], blocks[:, 0]) + 1
-        seeing[:, 1] = np.minimum.reduceat(position[rows], blocks[:, 0]) + 1
-        seeing[:, 2] = blocks[:, 0]
-        seeing[:, 3] = np.where(partial, np.cumsum(partial * counts) - counts, -1)
-        seeing[:, 4] = counts * 4
-        steps[:, 2:7] = np.repeat(seeing, end - begin, axis=0)
-        steps[:, 2:4] -= steps[:, :1]
+        lengths = end - begin
+        for column, x in (
+            (2, np.maximum.reduceat(position[rows], blocks[:, 0]) + 1),
+            (3, np.minimum.reduceat(position[rows], blocks[:, 0]) + 1),
+            (4, blocks[:, 0]),
+            (5, np.where(partial, np.cumsum(partial * counts) - counts, -1)),
+            (6, counts * 4),
+        ):
+            x = np.repeat(x.astype(np.int32), lengths)
+            steps[:, column] = x - where if column < 4 else x
         steps[begin, 6] += 1
         steps[end - 1, 6] += 2
 
