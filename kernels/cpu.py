@@ -82,8 +82,9 @@ class _Job(NamedTuple):
     rows: torch.Tensor  # int64 [blocks * m] of q
     seeing: torch.Tensor | None  # int64, which of them see a key; None: all
     target: torch.Tensor  # int64, where the results of those go
-    pages: torch.Tensor  # int64 [blocks, KV heads, pages], page * KV heads + head
-    tokens: int  # of the pages' slots these many, from the first
+    chunks: torch.Tensor  # int64 [blocks, KV heads, chunks], into the pool cut into chunks
+    size: int  # tokens in a chunk
+    tokens: int  # of the chunks' slots these many, from the first
     unread: torch.Tensor | None  # int64 [2, slots], block and token; they may hold anything
     last: torch.Tensor  # int32 [blocks, m], the rows' positions
     positions: torch.Tensor | None  # int32 [blocks, tokens] of the keys; None: all are seen
@@ -120,7 +121,8 @@ def _work(
     ]
     counts = np.diff(tables.merge_ptr)
     rows = len(counts)
-    owner, split = np.repeat(np.arange(rows), counts), np.flatnonzero(counts)
+    owner, split = np.empty(len(tables.slots), np.int64), np.flatnonzero(counts)
+    owner[tables.slots] = np.repeat(np.arange(rows), counts)
     return _Work(
         jobs,
         rows,
@@ -134,17 +136,19 @@ def _work(
 def _batches(
     tables: Tables, kv_heads: int, group: int, dims: int, window: int | None
 ) -> Iterator[tuple[np.ndarray, int]]:
-    """Blocks that are computed together, cut to the tiles that their rows see; and n."""
-    for _, tokens, begin, end in tables.shapes.tolist():
+    """Blocks that are computed together, cut to the steps that their rows see; and n."""
+    for _, tokens, begin, end, _, _ in tables.shapes.tolist():
+        if begin == end:
+            continue
         blocks = _cut(tables, tables.blocks[begin:end], window)
-        tiles = blocks[:, 3] - blocks[:, 2]
-        order = np.argsort(-tiles, kind="stable")[: np.count_nonzero(tiles > 0)]
-        blocks, tiles = blocks[order], tiles[order]
+        steps = blocks[:, 3] - blocks[:, 2]
+        order = np.argsort(-steps, kind="stable")[: np.count_nonzero(steps > 0)]
+        blocks, steps = blocks[order], steps[order]
         rows = int((blocks[:, 1] - blocks[:, 0]).max(initial=0))
         at = 0
         while at < len(blocks):
-            longest = int(tiles[at])
-            alike = int(np.searchsorted(-tiles, -longest * _ALIKE, side="right"))
+            longest = int(steps[at])
+            alike = int(np.searchsorted(-steps, -longest * _ALIKE, side="right"))
             elements = longest * tokens * kv_heads * max(rows * group, dims)
             upto = min(alike, at + max(_ELEMENTS // elements, 1))
             yield blocks[at:upto], tokens
@@ -152,17 +156,16 @@ def _batches(
 
 
 def _cut(tables: Tables, blocks: np.ndarray, window: int | None) -> np.ndarray:
-    counts = blocks[:, 3] - blocks[:, 2]
-    offsets = np.cumsum(counts) - counts
-    block = np.repeat(np.arange(len(blocks)), counts)
-    tiles = tables.tiles[np.arange(len(block)) + (blocks[:, 2] - offsets)[block]]
-    entry = blocks[:, :2] - blocks[0, 0]
+    first = blocks[0, 2]
+    steps, offsets = tables.steps[first : blocks[-1, 3]], blocks[:, 2] - first
+    block = np.repeat(np.arange(len(blocks)), blocks[:, 3] - blocks[:, 2])
+    entry = blocks[:, 0] - blocks[0, 0]
     last = tables.positions[tables.rows[blocks[0, 0] : blocks[-1, 1]]]
     blocks = blocks.copy()
-    beyond = tiles[:, 1] > np.maximum.reduceat(last, entry[:, 0])[block]
+    beyond = steps[:, 0] > np.maximum.reduceat(last, entry)[block]
     blocks[:, 3] -= np.add.reduceat(beyond, offsets, dtype=np.int32)
     if window is not None:
-        before = tiles[:, 2] <= np.minimum.reduceat(last, entry[:, 0])[block] - window + 1
+        before = steps[:, :2].sum(1) <= np.minimum.reduceat(last, entry)[block] - window + 1
         blocks[:, 2] += np.add.reduceat(before, offsets, dtype=np.int32)
     return blocks
 
@@ -170,30 +173,32 @@ def _cut(tables: Tables, blocks: np.ndarray, window: int | None) -> np.ndarray:
 def _job(
     tables: Tables, blocks: np.ndarray, tokens: int, kv_heads: int, window: int | None
 ) -> _Job:
-    size = tables.page_size
+    # Tiles are gathered by chunks, which lie in a page each.
+    size = min(tokens, tables.page_size)
     entry, used = _padded(blocks[:, 0], blocks[:, 1])
-    rows, slots = tables.rows[entry].astype(np.int64), tables.slots[entry]
+    rows = tables.rows[entry].astype(np.int64)
     last = tables.positions[rows]
-    target = np.where(slots < 0, rows, len(tables.positions) + slots)
+    slot = tables.steps[blocks[:, 2], 5][:, None]
+    behind = slot + np.arange(rows.shape[1])
+    target = np.where(slot < 0, rows, len(tables.positions) + behind)
 
-    tile, real = _padded(blocks[:, 2], blocks[:, 3])
-    page, first, end = np.moveaxis(tables.tiles[tile], -1, 0)
-    # The last pages of a tile may lie behind its node.
-    inside = np.arange(0, tokens, size) < (end - first)[..., None]
-    page = page[..., None] + np.where(inside, np.arange(tokens // size), 0)
-    positions = first[..., None] + np.arange(tokens, dtype=np.int32)
+    step, real = _padded(blocks[:, 2], blocks[:, 3])
+    first, length = np.moveaxis(tables.steps[step, :2], -1, 0)
+    chunks = tables.steps[step, 7 : 7 + tokens // size].reshape(len(blocks), 1, -1)
+    inside = np.arange(tokens, dtype=np.int32)
     positions = np.where(
-        (positions < end[..., None]) & real[..., None], positions, _NOWHERE
+        (inside < length[..., None]) & real[..., None], first[..., None] + inside, _NOWHERE
     ).reshape(len(blocks), -1)
 
     unread = positions > last.max(1, keepdims=True)
     width = positions.shape[1] - int(unread.all(0)[::-1].argmin())
     positions, unread = positions[:, :width], unread[:, :width]
-    pages = tables.pages[page].astype(np.int64).reshape(len(blocks), 1, -1)
-    pages = pages[..., : -(-width // size)] * kv_heads + np.arange(kv_heads)[:, None]
+    page, chunk = np.divmod(chunks[..., : -(-width // size)].astype(np.int64), tables.page_size)
+    chunks = page * kv_heads + np.arange(kv_heads)[:, None]
+    chunks = chunks * (tables.page_size // size) + chunk // size
 
     # A run has no gaps: what a row sees of it follows from its two ends.
-    begin, end = first[:, :1], tables.tiles[blocks[:, 3] - 1, 2][:, None]
+    begin, end = first[:, :1], tables.steps[blocks[:, 3] - 1, :2].sum(1)[:, None]
     sees = used & (begin <= last)
     whole = (positions <= last.min(1, keepdims=True)).all()
     if window is not None:
@@ -203,7 +208,8 @@ def _job(
         torch.from_numpy(rows.ravel()),
         None if sees.all() else torch.from_numpy(np.flatnonzero(sees)),
         torch.from_numpy(target[sees]),
-        torch.from_numpy(pages),
+        torch.from_numpy(chunks),
+        size,
         width,
         torch.from_numpy(np.stack(unread.nonzero())) if unread.any() else None,
         torch.from_numpy(last),
@@ -220,9 +226,9 @@ def _padded(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]
 
 def _gather(pool: torch.Tensor, job: _Job, dtype: torch.dtype) -> torch.Tensor:
     """Pages [pages, KV heads, page size, dim] as [blocks, KV heads, tokens, dim]."""
-    size, dim = pool.shape[2:]
-    blocks, heads, _ = job.pages.shape
-    flat = pool.reshape(-1, size, dim).index_select(0, job.pages.view(-1))
+    dim = pool.shape[-1]
+    blocks, heads, _ = job.chunks.shape
+    flat = pool.reshape(-1, job.size, dim).index_select(0, job.chunks.view(-1))
     gathered = flat.view(blocks, heads, -1, dim)[:, :, : job.tokens].to(dtype)
     if job.unread is not None:
         # 0 * NaN is NaN: a weight of zero does not hide what the slot holds.

@@ -1,9 +1,14 @@
-"""A plan carried out on a GPU: packs by tile shape, then the merge of what they leave.
+"""A plan carried out on a GPU: blocks by shape, then the merge of what they leave.
 
-A kernel for each query tile m takes the blocks of that shape, as many programs as fit the machine,
-so the grids depend on shapes alone and a captured graph stays valid when the plan changes. The
-kernels are one chain of programmatic dependent launches: each starts while its predecessor still
-runs, the merge waits for all.
+A kernel for each of the plan's shapes, as many programs as fit the machine, so the grids depend on
+shapes alone and a captured graph stays valid when the plan changes. A program's work is one loop
+over the steps of its lane, whatever blocks they are of: the keys of the next block are on their
+way while this one is computed. The kernels are one chain of programmatic dependent launches: each
+starts as soon as there is room for it, the merge waits for all.
+
+What Triton makes of the loop decides its speed. It fetches ahead, asynchronously, what a step loads
+by addresses that are known before; so addresses are read a step ahead and handed on, and all that
+is wanted after the first product is loaded by the step itself.
 """
 
 from __future__ import annotations
@@ -16,56 +21,137 @@ import triton
 import triton.language as tl
 
 from pat_hf.kernels.merge import merge_kernel
+from pat_hf.kernels.plan import Machine
 
 
 class Tile(NamedTuple):
-    """How blocks of up to `rows` query rows are run.
+    """How blocks of a shape are run.
 
     Attributes:
-        rows: the largest m of the plan that goes here.
-        m, n: the kernel's tile; a block with more rows than m is run in several pieces.
+        m, n: the kernel's tile. A block of more rows is run by several programs, a step of more
+            tokens in several pieces.
         warps, stages: Triton's num_warps and num_stages.
         per_sm: programs that are resident on a streaming multiprocessor.
+        stream_q: whether every step fetches its queries, like its keys; else the first step of a
+            block does, and they are kept in registers.
         registers: the most that a thread may have.
-        branch: whether a tile that all rows see whole goes unmasked.
     """
 
-    rows: int
     m: int
     n: int
     warps: int
     stages: int
     per_sm: int
+    stream_q: bool = False
     registers: int | None = None
-    branch: bool = True
 
 
-def tiles(itemsize: int, dim: int) -> tuple[Tile, ...]:
-    """The shipped shapes, in the order of launch: wide ones take longest."""
+def tiles(itemsize: int, dim: int, major: int) -> tuple[Tile, ...]:
+    """One for each shape of `Machine.gpu`; for GPUs of compute capability `major`."""
     if itemsize == 4:
-        return (
-            Tile(128, 32, 32, 4, 2, 2),
-            Tile(16, 16, 32, 4, 2, 2 if dim > 128 else 3),
-        )
+        return (Tile(16, 32, 4, 2, 2, stream_q=True),) * 3
     if dim > 128:
+        wide = Tile(32, 32, 4, 2, 2, stream_q=True)
+        return (Tile(16, 32, 4, 2, 2, stream_q=True), wide, wide)
+    if major < 9:
         return (
-            Tile(128, 32, 32, 4, 2, 2, branch=False),
-            Tile(16, 16, 32, 4, 2, 3),
+            Tile(16, 32, 2, 3, 3, stream_q=True),
+            Tile(64, 32, 4, 2, 2, stream_q=True),
+            Tile(128, 32, 8, 2, 1, stream_q=True),
         )
     return (
-        Tile(128, 128, 64, 8, 3, 1),
-        Tile(64, 64, 32, 4, 2, 2, branch=False),
-        Tile(16, 16, 32, 1, 2, 8, branch=False),
+        Tile(16, 32, 2, 3, 4, stream_q=True),
+        Tile(64, 64, 4, 2, 2),
+        Tile(128, 128, 8, 2, 1),
     )
 
 
 @triton.jit
-def _mask(b_s, o_p, end, position, window, USE_WINDOW: tl.constexpr):
-    """Scores [BM, BN] of keys at positions o_p; -inf where a row doesn't see the key."""
-    m_p = (o_p < end)[None, :] & (o_p[None, :] <= position[:, None])
-    if USE_WINDOW:
-        m_p = m_p & (o_p[None, :] > position[:, None] - window)
-    return tl.where(m_p, b_s, float("-inf"))
+def _seen(p_step, advance):
+    """How many keys of a step some row sees."""
+    return tl.minimum(tl.load(p_step + 1), tl.load(p_step + 2) + advance)
+
+
+@triton.jit
+def _rows(p_rows, p_step, o_r, G: tl.constexpr):
+    """A block's query rows, [BM], and which there are; row 0 stands for the others."""
+    m_r = o_r < tl.load(p_step + 6) // 4 * G
+    return tl.load(p_rows + tl.load(p_step + 4) + o_r // G, mask=m_r, other=0), m_r
+
+
+@triton.jit
+def _load_queries(q, i_r, o_k, i_hq, T, sq_b, sq_h, sq_t, K: tl.constexpr):
+    """Queries of the rows i_r and heads i_hq, [BM, BK]."""
+    p_q = q + ((i_r // T).to(tl.int64) * sq_b + i_hq * sq_h + (i_r % T) * sq_t)
+    return tl.load(p_q[:, None] + o_k[None, :], mask=(o_k < K)[None, :], other=0.0)
+
+
+@triton.jit
+def _chunks(p_step, i_piece, o_n, seen, BN: tl.constexpr, CHUNK: tl.constexpr):
+    """Where a piece's keys lie: page * page size + slot, of the first or of each."""
+    if CHUNK >= BN:
+        return tl.load(p_step + 7 + i_piece * BN // CHUNK) + i_piece * BN % CHUNK
+    else:
+        o_t = i_piece * BN + o_n
+        where = tl.load(p_step + 7 + o_t // CHUNK, mask=o_t < seen, other=0)
+        return where + o_t % CHUNK
+
+
+@triton.jit
+def _tile(p, where, o_n, o_d, sp, st, P: tl.constexpr):
+    """Pointers [BN, BD] to the keys or values at `where`, of a head."""
+    page = (where // P).to(tl.int64) * sp
+    slot = where % P * st
+    if where.type.is_block():
+        return p + (page + slot)[:, None] + o_d[None, :]
+    else:
+        return p + (page + slot) + (o_n[:, None] * st + o_d[None, :])
+
+
+@triton.jit
+def _finish(
+    p_step,
+    p_rows,
+    o_r,
+    o_v,
+    i_hq,
+    b_max,
+    b_sum,
+    b_out,
+    out,
+    partial,
+    lse,
+    sinks,
+    H: tl.constexpr,
+    G: tl.constexpr,
+    V: tl.constexpr,
+    USE_SINKS: tl.constexpr,
+):
+    """Stores a block's partials, or its output."""
+    slot = tl.load(p_step + 5)
+    m_v = (o_v < V)[None, :]
+    if slot >= 0:
+        m_r = o_r < tl.load(p_step + 6) // 4 * G
+        o_p = (slot + o_r // G).to(tl.int64) * (H * G) + i_hq
+        b_scale = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
+        tl.store(lse + o_p, b_max + tl.log2(b_sum), mask=m_r)
+        p_partial = partial + o_p[:, None] * V + o_v[None, :]
+        tl.store(p_partial, b_out * b_scale[:, None], mask=m_r[:, None] & m_v)
+    else:
+        i_r, m_r = _rows(p_rows, p_step, o_r, G)
+        if USE_SINKS:
+            b_sink = tl.load(sinks + i_hq, mask=m_r, other=0.0).to(tl.float32)
+            b_sink = b_sink * 1.4426950408889634
+            b_top = tl.maximum(b_max, b_sink)
+            b_old = tl.exp2(b_max - b_top)
+            b_scale = b_old / (b_sum * b_old + tl.exp2(b_sink - b_top))
+        else:
+            b_scale = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
+        o_p = i_r.to(tl.int64) * (H * G) + i_hq
+        p_out = out + o_p[:, None] * V + o_v[None, :]
+        tl.store(
+            p_out, (b_out * b_scale[:, None]).to(out.dtype.element_ty), mask=m_r[:, None] & m_v
+        )
 
 
 @triton.jit
@@ -97,8 +183,10 @@ def forward_kernel(
     K: tl.constexpr,
     V: tl.constexpr,
     P: tl.constexpr,
-    ABOVE: tl.constexpr,
+    SHAPE: tl.constexpr,
     ROWS: tl.constexpr,
+    N: tl.constexpr,
+    STEP: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -107,10 +195,10 @@ def forward_kernel(
     USE_SOFTCAP: tl.constexpr,
     USE_SINKS: tl.constexpr,
     IS_FLOAT32: tl.constexpr,
-    USE_BRANCH: tl.constexpr,
+    STREAM_Q: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """Blocks whose m is in (ABOVE, ROWS]; one program takes every so many-th of them.
+    """Lanes of one shape; one program takes every so many-th of them.
 
     Args:
         q: [B, H * G, T, K] by strides; k, v: [pages, H, P, K or V] by strides.
@@ -118,199 +206,135 @@ def forward_kernel(
         out: [B * T, H * G, V] contiguous.
         partial: fp32 [W, H * G, V]; lse: fp32 [W, H * G], in base 2.
         qk_scale: the scale times log2 e; without the log2 e if there is a softcap.
+        SHAPE: which; its m and n are ROWS and N. STEP: columns of a step.
     """
-    SUB: tl.constexpr = ROWS // BM
+    if USE_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    PIECES: tl.constexpr = N // BN
+    CHUNK: tl.constexpr = min(N, P)
+    SUB: tl.constexpr = (max(ROWS, G) + BM - 1) // BM
     o_m = tl.arange(0, BM)
     o_n = tl.arange(0, BN)
     o_k = tl.arange(0, BK)
     o_v = tl.arange(0, BV)
-    p_blocks = plan + tl.load(plan + 5)
-    p_rows = plan + tl.load(plan + 7)
-    p_slots = plan + tl.load(plan + 9)
-    p_tiles = plan + tl.load(plan + 11)
-    p_pages = plan + tl.load(plan + 13)
+    p_shape = plan + 2 * W + SHAPE * 6
+    lane = tl.load(p_shape + 4)
+    jobs = (tl.load(p_shape + 5) - lane) * (H * SUB)
+    p_lanes = plan + tl.load(plan + 7)
+    p_steps = plan + tl.load(plan + 9)
+    p_rows = plan + tl.load(plan + 13)
+    advance = tl.load(plan + W) - tl.load(plan + 3)
+    # Scores as they come from the first product, or as the softcap leaves them, to base 2.
+    c_scale = 1.0 if USE_SOFTCAP else qk_scale
 
-    o_s = tl.arange(0, 32)
-    m_s = o_s < tl.load(plan + 4) // 4
-    p_shapes = plan + tl.load(plan + 3) + o_s * 4
-    b_rows = tl.load(p_shapes, mask=m_s, other=0)
-    b_tokens = tl.load(p_shapes + 1, mask=m_s, other=0)
-    b_first = tl.load(p_shapes + 2, mask=m_s, other=0)
-    b_last = tl.load(p_shapes + 3, mask=m_s, other=0)
-    m_s = (b_rows > ABOVE) & (b_rows <= ROWS)
-    first = tl.min(tl.where(m_s, b_first, 0x7FFFFFFF), 0)
-    last = tl.max(tl.where(m_s, b_last, 0), 0)
-    jobs = tl.maximum(last - first, 0) * (H * SUB)
-
-    # A block's entry is read while the one before it is run.
-    i_n = tl.minimum(tl.program_id(0), jobs - 1)
-    p_block = p_blocks + (first + i_n // (H * SUB)) * 4
-    next_row = tl.load(p_block, mask=jobs > 0, other=0)
-    next_row_end = tl.load(p_block + 1, mask=jobs > 0, other=0)
-    next_tile = tl.load(p_block + 2, mask=jobs > 0, other=0)
-    next_tile_end = tl.load(p_block + 3, mask=jobs > 0, other=0)
     for i_j in range(tl.program_id(0), jobs, tl.num_programs(0)):
-        i_b = first + i_j // (H * SUB)
         i_h = (i_j // SUB) % H
-        i_sub = i_j % SUB
-        row_begin = next_row
-        row_end = next_row_end
-        tile_begin = next_tile
-        tile_end = next_tile_end
-        i_n = tl.minimum(i_j + tl.num_programs(0), jobs - 1)
-        p_block = p_blocks + (first + i_n // (H * SUB)) * 4
-        next_row = tl.load(p_block)
-        next_row_end = tl.load(p_block + 1)
-        next_tile = tl.load(p_block + 2)
-        next_tile_end = tl.load(p_block + 3)
-        tokens = tl.max(tl.where((b_first <= i_b) & (i_b < b_last), b_tokens, 0), 0)
-        o_r = i_sub * BM + o_m
-        m_r = o_r < (row_end - row_begin) * G
-        # A block's pieces: later ones may have no rows.
-        if i_sub * BM < (row_end - row_begin) * G:
-            pieces = tl.maximum(tokens // BN, 1)
-            # What depends on nothing else is asked for first.
-            i_e = row_begin + o_r // G
-            i_r = tl.load(p_rows + i_e, mask=m_r, other=0).to(tl.int64)
-            p_tile = p_tiles + tile_end * 3
-            last_begin = tl.load(p_tile - 2)
-            run_end = tl.load(p_tile - 1)
-            p_tile = p_tiles + tile_begin * 3
-            begin = tl.load(p_tile + 1)
-            end = tl.load(p_tile + 2)
-            if P >= BN:
-                i_p = tl.load(p_pages + tl.load(p_tile))
-            else:
-                i_p = tl.load(p_pages + tl.load(p_tile) + o_n // P, mask=begin + o_n < end, other=0)
-            position = tl.load(plan + W + i_r, mask=m_r, other=-1)
-            i_hq = i_h * G + o_r % G
-            # [BM, BK]
-            b_q = tl.load(
-                q + ((i_r // T) * sq_b + i_hq * sq_h + (i_r % T) * sq_t)[:, None] + o_k[None, :],
-                mask=m_r[:, None] & (o_k < K)[None, :],
+        o_r = (i_j % SUB) * BM + o_m
+        i_hq = i_h * G + o_r % G
+        p_lane = p_lanes + lane + i_j // (H * SUB)
+        begin = tl.load(p_lane) * PIECES
+        end = tl.load(p_lane + 1) * PIECES
+        p_k = k + i_h * sk_h
+        p_v = v + i_h * sv_h
+
+        p_step = p_steps + (begin // PIECES) * STEP
+        seen = _seen(p_step, advance)
+        where = _chunks(p_step, 0, o_n, seen, BN, CHUNK)
+        i_r, _ = _rows(p_rows, p_step, o_r, G)
+        p_step = p_steps + (tl.minimum(begin + 1, end - 1) // PIECES) * STEP
+        row, rows = tl.load(p_step + 4), tl.load(p_step + 6)
+
+        b_q = tl.zeros([BM, BK], q.dtype.element_ty)
+        b_max = tl.full([BM], float("-inf"), tl.float32)
+        b_sum = tl.zeros([BM], tl.float32)
+        b_out = tl.zeros([BM, BV], tl.float32)
+        for i in range(begin, end):
+            p_step = p_steps + (i // PIECES) * STEP
+            i_piece = i % PIECES
+            keys = seen - i_piece * BN
+            # Whether a block begins; and how many keys all its rows see.
+            starts = tl.load(p_step + 6) % 2 > i_piece
+            common = tl.load(p_step + 3) + advance - i_piece * BN
+            # [BN, BK], [BN, BV]
+            m_k = o_n < keys
+            if USE_WINDOW:
+                m_k = m_k & (o_n >= common - window)
+            b_k = tl.load(
+                _tile(p_k, where, o_n, o_k, sk_p, sk_t, P),
+                mask=m_k[:, None] & (o_k < K)[None, :],
                 other=0.0,
             )
-            latest = tl.max(position, 0)
-            earliest = tl.min(tl.where(m_r, position, 0x7FFFFFFF), 0)
+            b_v = tl.load(
+                _tile(p_v, where, o_n, o_v, sv_p, sv_t, P),
+                mask=m_k[:, None] & (o_v < V)[None, :],
+                other=0.0,
+            )
+            # [BM, BK]
+            if STREAM_Q:
+                b_q = _load_queries(q, i_r, o_k, i_hq, T, sq_b, sq_h, sq_t, K)
+            else:
+                if starts:
+                    i_q, _ = _rows(p_rows, p_step, o_r, G)
+                    b_q = _load_queries(q, i_q, o_k, i_hq, T, sq_b, sq_h, sq_t, K)
 
-            b_max = tl.full([BM], float("-inf"), tl.float32)
-            b_sum = tl.zeros([BM], tl.float32)
-            b_out = tl.zeros([BM, BV], tl.float32)
-            steps = (tile_end - tile_begin - 1) * pieces
-            steps += tl.maximum(tl.cdiv(tl.minimum(run_end, latest + 1) - last_begin, BN), 1)
-            # [BN, BK], [BN, BV]: of a tile that lies in one page
-            o_nk = o_n[:, None] * sk_t + o_k[None, :]
-            o_nv = o_n[:, None] * sv_t + o_v[None, :]
+            # What a step needs is read a step ahead, the places of the rows' numbers two.
+            i_r = tl.load(p_rows + row + o_r // G, mask=o_r < rows // 4 * G, other=0)
+            i_next = tl.minimum(i + 1, end - 1)
+            p_next = p_steps + (i_next // PIECES) * STEP
+            seen = _seen(p_next, advance)
+            where = _chunks(p_next, i_next % PIECES, o_n, seen, BN, CHUNK)
+            p_next = p_steps + (tl.minimum(i + 2, end - 1) // PIECES) * STEP
+            row, rows = tl.load(p_next + 4), tl.load(p_next + 6)
 
-            # Tables are read two steps ahead, pages one, so that no load of K waits for them.
-            i_next = tl.minimum(1, steps - 1)
-            p_tile = p_tiles + (tile_begin + i_next // pieces) * 3
-            next_page = tl.load(p_tile)
-            next_begin = tl.load(p_tile + 1)
-            next_end = tl.load(p_tile + 2)
-            for i in range(0, steps):
-                o_t = (i % pieces) * BN + o_n
-                position_k = begin + o_t
-                m_k = (position_k < end) & (position_k <= latest)
-                if USE_WINDOW:
-                    m_k = m_k & (position_k > earliest - window)
-                page = i_p.to(tl.int64)
-                # [BN, BK], [BN, BV]
-                if P >= BN:
-                    slot = (i % pieces) * BN % P
-                    p_k = k + (page * sk_p + i_h * sk_h + slot * sk_t) + o_nk
-                    p_v = v + (page * sv_p + i_h * sv_h + slot * sv_t) + o_nv
-                else:
-                    p_k = k + i_h * sk_h + (page * sk_p + (o_t % P) * sk_t)[:, None] + o_k[None, :]
-                    p_v = v + i_h * sv_h + (page * sv_p + (o_t % P) * sv_t)[:, None] + o_v[None, :]
-                b_k = tl.load(p_k, mask=m_k[:, None] & (o_k < K)[None, :], other=0.0)
-                b_v = tl.load(p_v, mask=m_k[:, None] & (o_v < V)[None, :], other=0.0)
-                whole = (end - begin >= tokens) & (end <= earliest + 1) & (tokens >= BN)
-                if USE_WINDOW:
-                    whole = whole & (begin > latest - window)
-                seen_begin = begin
-                seen_end = end
-
-                if P >= BN:
-                    # A page's tail may be no node's: there is one token at least in a tile.
-                    o_next = tl.minimum(((i + 1) % pieces) * BN, next_end - next_begin - 1)
-                    i_p = tl.load(p_pages + next_page + o_next // P)
-                else:
-                    o_next = ((i + 1) % pieces) * BN + o_n
-                    i_p = tl.load(
-                        p_pages + next_page + o_next // P,
-                        mask=next_begin + o_next < next_end,
-                        other=0,
-                    )
-                # Read again: to hand `next_begin` on would keep the loop from being pipelined.
-                p_tile = p_tiles + (tile_begin + tl.minimum(i + 1, steps - 1) // pieces) * 3
-                begin = tl.load(p_tile + 1)
-                end = tl.load(p_tile + 2)
-                i_next = tl.minimum(i + 2, steps - 1)
-                p_tile = p_tiles + (tile_begin + i_next // pieces) * 3
-                next_page = tl.load(p_tile)
-                next_begin = tl.load(p_tile + 1)
-                next_end = tl.load(p_tile + 2)
-
-                # [BM, BN]
-                if IS_FLOAT32:
-                    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
-                else:
-                    b_s = tl.dot(b_q, tl.trans(b_k))
+            # [BM, BN]
+            if IS_FLOAT32:
+                b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+            else:
+                b_s = tl.dot(b_q, tl.trans(b_k))
+            if USE_SOFTCAP:
                 b_s = b_s * qk_scale
-                if USE_SOFTCAP:
-                    b_s = (1.0 - 2.0 / (1.0 + tl.exp2(b_s * (2.8853900817779268 / softcap)))) * (
-                        softcap * 1.4426950408889634
-                    )
-                if USE_BRANCH:
-                    if not whole:
-                        b_s = _mask(b_s, seen_begin + o_t, seen_end, position, window, USE_WINDOW)
-                else:
-                    b_s = _mask(b_s, seen_begin + o_t, seen_end, position, window, USE_WINDOW)
-                b_new = tl.maximum(b_max, tl.max(b_s, 1))
-                b_ref = tl.where(b_new == float("-inf"), 0.0, b_new)
-                b_p = tl.exp2(b_s - b_ref[:, None])
-                b_old = tl.exp2(b_max - b_ref)
-                b_sum = b_sum * b_old + tl.sum(b_p, 1)
-                b_out = b_out * b_old[:, None]
-                if IS_FLOAT32:
-                    b_out = tl.dot(b_p, b_v, b_out, input_precision="ieee")
-                else:
-                    b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out)
-                b_max = b_new
+                b_s = (1.0 - 2.0 / (1.0 + tl.exp2(b_s * (2.8853900817779268 / softcap)))) * (
+                    softcap * 1.4426950408889634
+                )
+            # The block before is finished here: between the second product and the next step's
+            # first, which waits for it, nothing may touch b_out.
+            if starts & (i > begin):
+                _finish(
+                    p_step - STEP, p_rows, o_r, o_v, i_hq,
+                    b_max, b_sum, b_out, out, partial, lse, sinks, H, G, V, USE_SINKS,
+                )  # fmt: skip
+                b_max = tl.full([BM], float("-inf"), tl.float32)
+                b_sum = tl.zeros([BM], tl.float32)
+                b_out = tl.zeros([BM, BV], tl.float32)
+            ragged = keys > common
+            if USE_WINDOW:
+                ragged = ragged | (tl.load(p_step + 2) + advance > window + i_piece * BN)
+            if ragged | (keys < BN):
+                i_p, _ = _rows(p_rows, p_step, o_r, G)
+                o_p = tl.load(plan + W + i_p) - tl.load(p_step) - i_piece * BN
+                m_s = (o_n < keys)[None, :] & (o_n[None, :] <= o_p[:, None])
+                if USE_WINDOW:
+                    m_s = m_s & (o_n[None, :] > o_p[:, None] - window)
+                b_s = tl.where(m_s, b_s, float("-inf"))
+            b_new = tl.maximum(b_max, tl.max(b_s, 1) * c_scale)
+            b_ref = tl.where(b_new == float("-inf"), 0.0, b_new)
+            b_p = tl.exp2(b_s * c_scale - b_ref[:, None])
+            b_old = tl.exp2(b_max - b_ref)
+            b_sum = b_sum * b_old + tl.sum(b_p, 1)
+            b_out = b_out * b_old[:, None]
+            if IS_FLOAT32:
+                b_out = tl.dot(b_p, b_v, b_out, input_precision="ieee")
+            else:
+                b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out)
+            b_max = b_new
 
-            # Read again: kept, it would take registers from the loop.
-            o_r = o_r + (tl.load(p_blocks + i_b * 4, volatile=True) - row_begin) * G
-            i_e = row_begin + o_r // G
-            m_r = o_r < (row_end - row_begin) * G
-            i_r = tl.load(p_rows + i_e, mask=m_r, other=0).to(tl.int64)
-            slot = tl.load(p_slots + i_e, mask=m_r, other=-1).to(tl.int64)
-            i_hq = i_h * G + o_r % G
-            m_v = (o_v < V)[None, :]
-            m_last = m_r & (slot < 0)
-            b_ref = tl.where(b_sum == 0.0, 1.0, b_sum)
-            p_slot = slot * (H * G) + i_hq
-            tl.store(lse + p_slot, b_max + tl.log2(b_sum), mask=m_r & (slot >= 0))
-            tl.store(
-                partial + p_slot[:, None] * V + o_v[None, :],
-                b_out * (1.0 / b_ref)[:, None],
-                mask=(m_r & (slot >= 0))[:, None] & m_v,
-            )
-            b_scale = 1.0 / b_ref
-            if USE_SINKS:
-                b_sink = tl.load(sinks + i_hq, mask=m_r, other=0.0).to(tl.float32)
-                b_sink = b_sink * 1.4426950408889634
-                b_top = tl.maximum(b_max, b_sink)
-                b_old = tl.exp2(b_max - b_top)
-                b_scale = b_old / (b_sum * b_old + tl.exp2(b_sink - b_top))
-            tl.store(
-                out + (i_r * (H * G) + i_hq)[:, None] * V + o_v[None, :],
-                (b_out * b_scale[:, None]).to(out.dtype.element_ty),
-                mask=m_last[:, None] & m_v,
-            )
-    if USE_PDL:
-        tl.extra.cuda.gdc_launch_dependents()
-        # Whoever waits for this kernel has waited for the one before, too.
+        _finish(
+            p_steps + (end // PIECES - 1) * STEP, p_rows, o_r, o_v, i_hq,
+            b_max, b_sum, b_out, out, partial, lse, sinks, H, G, V, USE_SINKS,
+        )  # fmt: skip
+    # Whoever waits for this kernel has waited for the one before, too. One program is enough, and
+    # the others make room for the next kernel's.
+    if USE_PDL and tl.program_id(0) == 0:
         tl.extra.cuda.gdc_wait()
 
 
@@ -337,12 +361,16 @@ def forward(
     lse = q.new_empty(width, query_heads, dtype=torch.float32)
     if not out.numel():
         return out
-    processors, pdl = _machine(q.device)
-    shapes = tiles(q.element_size(), max(key_dim, value_dim))
-    # No pack has more rows than the batch.
-    need = min(tile.rows for tile in shapes if tile.rows >= min(rows * group, 128))
-    shapes = [tile for tile in shapes if tile.rows <= need]
-    for i, tile in enumerate(shapes):
+    processors, major = _machine(q.device)
+    pdl = q.is_cuda and major >= 9
+    shapes = Machine.gpu(processors).shapes
+    chunks = max(max(shape.tokens for shape in shapes) // page_size, 1)
+    choice = tiles(q.element_size(), max(key_dim, value_dim), major)
+    launched = False
+    for i, tile in reversed(list(enumerate(choice))):
+        # No block has more rows than the batch.
+        if i and rows * group <= shapes[i - 1].rows:
+            continue
         forward_kernel[(processors * tile.per_sm,)](
             q, k_pages, v_pages, plan, out, partial, lse, sinks,
             scale if softcap is not None else scale * 1.4426950408889634,
@@ -350,15 +378,16 @@ def forward(
             q.stride(0), q.stride(1), q.stride(2),
             length, kv_heads, group, *k_pages.stride()[:3], *v_pages.stride()[:3],
             K=key_dim, V=value_dim, P=page_size,
-            ABOVE=shapes[i + 1].rows if i + 1 < len(shapes) else 0, ROWS=tile.rows,
+            SHAPE=i, ROWS=shapes[i].rows, N=shapes[i].tokens, STEP=7 + chunks,
             BM=tile.m, BN=tile.n,
             BK=triton.next_power_of_2(key_dim), BV=triton.next_power_of_2(value_dim),
             USE_WINDOW=window is not None, USE_SOFTCAP=softcap is not None,
             USE_SINKS=sinks is not None, IS_FLOAT32=q.dtype == torch.float32,
-            USE_BRANCH=tile.branch, USE_PDL=pdl,
+            STREAM_Q=tile.stream_q, USE_PDL=pdl,
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
-            **({"launch_pdl": i > 0} if pdl else {}),
+            **({"launch_pdl": launched} if pdl else {}),
         )  # fmt: skip
+        launched = True
     value_block = triton.next_power_of_2(value_dim)
     heads = min(triton.next_power_of_2(query_heads), max(1024 // value_block, 1))
     merge_kernel[(rows, triton.cdiv(query_heads, heads))](
@@ -371,9 +400,9 @@ def forward(
 
 
 @functools.cache
-def _machine(device: torch.device) -> tuple[int, bool]:
-    """Streaming multiprocessors, and whether programmatic dependent launches exist."""
+def _machine(device: torch.device) -> tuple[int, int]:
+    """Streaming multiprocessors and compute capability; for the interpreter, those to imitate."""
     if device.type != "cuda":
-        return 2, False
+        return 2, 9
     properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.major >= 9
+    return properties.multi_processor_count, properties.major

@@ -7,11 +7,21 @@ import triton.language as tl
 
 
 @triton.jit
-def _load(partial, lse, i_s, end, o_h, o_v, HQ: tl.constexpr, V: tl.constexpr):
-    """Partial i_s [BH, BV] and its log-sum-exp [BH]; nothing from `end` on."""
-    o_s = tl.zeros_like(o_h) + i_s
+def _slots(p_slots, i_s, end):
+    """Entries i_s..i_s+3 of the list of slots; -1 from `end` on."""
+    s_0 = tl.load(p_slots + i_s, mask=i_s < end, other=-1)
+    s_1 = tl.load(p_slots + i_s + 1, mask=i_s + 1 < end, other=-1)
+    s_2 = tl.load(p_slots + i_s + 2, mask=i_s + 2 < end, other=-1)
+    s_3 = tl.load(p_slots + i_s + 3, mask=i_s + 3 < end, other=-1)
+    return s_0, s_1, s_2, s_3
+
+
+@triton.jit
+def _load(partial, lse, slot, o_h, o_v, HQ: tl.constexpr, V: tl.constexpr):
+    """A partial [BH, BV] and its log-sum-exp [BH]; nothing if the slot is -1."""
+    o_s = tl.zeros_like(o_h) + slot
     o_p = o_s.to(tl.int64) * HQ + o_h
-    m_h = (o_h < HQ) & (o_s < end)
+    m_h = (o_h < HQ) & (o_s >= 0)
     b_lse = tl.load(lse + o_p, mask=m_h, other=float("-inf"))
     m_p = m_h[:, None] & (o_v < V)[None, :]
     return tl.load(partial + o_p[:, None] * V + o_v[None, :], mask=m_p, other=0.0), b_lse
@@ -46,10 +56,12 @@ def merge_kernel(
     m_o = m_h[:, None] & (o_v < V)[None, :]
     p_out = out + i_r * HQ * V + o_h[:, None] * V + o_v[None, :]
 
-    ptr = plan + tl.load(plan + 15)
+    ptr = plan + tl.load(plan + 17)
+    p_slots = plan + tl.load(plan + 15)
     begin = tl.load(ptr + i_r)
     end = tl.load(ptr + i_r + 1)
     position = tl.load(plan + W + i_r)
+    s_0, s_1, s_2, s_3 = _slots(p_slots, begin, end)
     if USE_PDL:
         tl.extra.cuda.gdc_wait()
     if begin < end:
@@ -61,10 +73,11 @@ def merge_kernel(
         b_out = tl.zeros([BH, BV], tl.float32)
         # Four at a time: their loads are in flight together.
         for i_s in range(begin, end, 4):
-            b_0, b_lse0 = _load(partial, lse, i_s, end, o_h, o_v, HQ, V)
-            b_1, b_lse1 = _load(partial, lse, i_s + 1, end, o_h, o_v, HQ, V)
-            b_2, b_lse2 = _load(partial, lse, i_s + 2, end, o_h, o_v, HQ, V)
-            b_3, b_lse3 = _load(partial, lse, i_s + 3, end, o_h, o_v, HQ, V)
+            b_0, b_lse0 = _load(partial, lse, s_0, o_h, o_v, HQ, V)
+            b_1, b_lse1 = _load(partial, lse, s_1, o_h, o_v, HQ, V)
+            b_2, b_lse2 = _load(partial, lse, s_2, o_h, o_v, HQ, V)
+            b_3, b_lse3 = _load(partial, lse, s_3, o_h, o_v, HQ, V)
+            s_0, s_1, s_2, s_3 = _slots(p_slots, i_s + 4, end)
             b_new = tl.maximum(tl.maximum(b_lse0, b_lse1), tl.maximum(b_lse2, b_lse3))
             b_new = tl.maximum(b_max, b_new)
             b_ref = tl.where(b_new == float("-inf"), 0.0, b_new)

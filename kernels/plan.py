@@ -13,9 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-_TABLES = ("shapes", "blocks", "rows", "slots", "tiles", "pages", "merge_ptr")
-_COLUMNS = {"shapes": 4, "blocks": 4, "tiles": 3}
-_HEADER = 3 + 2 * len(_TABLES)  # rows, partials, page size; offset and size of each table
+_TABLES = ("shapes", "lanes", "steps", "blocks", "rows", "slots", "merge_ptr")
+_COLUMNS = {"shapes": 6, "blocks": 4}
+_HEADER = 5 + 2 * len(_TABLES)
+_STEP = 7  # columns of a step in front of its chunks
 _ALIGN = 64
 _NOWHERE = -(1 << 30)
 
@@ -65,33 +66,48 @@ class Heads(NamedTuple):
         return 2 * self.group * (self.value_dim + 1) * 4
 
 
-@dataclass(frozen=True)
-class Machine:
-    """What the tiles are cut for.
+class Shape(NamedTuple):
+    """Blocks of one size and what runs them.
 
     Attributes:
-        min_rows, max_rows: smallest and largest query tile m, powers of two. A query token takes
-            `group` rows of it; a group wider than `max_rows` is a tile of its own.
-        tokens: KV tiles n, ascending powers of two; those smaller than a page are not used.
-        min_split: tokens below which a run of KV is not cut in two.
-        workers: blocks, counted for each KV head, among which the KV is divided.
+        rows: the most query rows of a block (m), a power of two. A query token takes `group` rows.
+        tokens: KV tile (n), a power of two from 16; 0: a page.
+        programs: of all KV heads together, that run side by side.
     """
 
-    min_rows: int
-    max_rows: int
-    tokens: tuple[int, ...]
+    rows: int
+    tokens: int
+    programs: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the blocks are cut for.
+
+    Attributes:
+        shapes: ascending by rows. A group wider than the last is a block of that shape.
+        min_split: tokens below which a run of KV is not cut in two.
+    """
+
+    shapes: tuple[Shape, ...]
     min_split: int
-    workers: int
 
     @staticmethod
     def cpu() -> Machine:
         """cpu.py gathers by page and pads no more than it must, so tiles are pages."""
-        return Machine(1, 1024, (1,), min_split=8192, workers=1 << 30)
+        return Machine(tuple(Shape(1 << i, 0, 1 << 30) for i in range(11)), min_split=8192)
 
     @staticmethod
     def gpu(processors: int) -> Machine:
-        """Two waves of blocks over `processors` streaming multiprocessors."""
-        return Machine(16, 128, (32, 64), min_split=256, workers=2 * processors)
+        """As many programs as `forward.tiles` has resident on `processors` multiprocessors."""
+        return Machine(
+            (
+                Shape(16, 32, 4 * processors),
+                Shape(64, 64, 2 * processors),
+                Shape(128, 128, processors),
+            ),
+            min_split=256,
+        )
 
     @staticmethod
     @functools.cache
@@ -105,26 +121,35 @@ class Machine:
 class Tables(NamedTuple):
     """The plan's tables, int32.
 
+    A block is the attention of some query rows to a run of KV; a step is a tile of it, n tokens of
+    one node in chunks of min(n, page size). A lane is the steps that a program runs one after
+    another, for one KV head: those of whole blocks.
+
     Attributes:
-        shapes: [S, 4] m, n, first block, end block. Blocks are sorted by shape.
-        blocks: [B, 4] first row, end row (into `rows`), first tile, end tile. Within a shape those
-            of most tiles come first.
+        shapes: [S, 6], for each of the machine's: m, n, first block, end block, first lane, end
+            lane. Blocks and lanes are sorted by shape.
+        lanes: [L+1] lane l runs steps lanes[l]..lanes[l+1]-1.
+        steps: [T, 7 + chunks] first position; tokens; tokens up to the furthest row's position and
+            up to the hindmost row's, as planned, whether they are in the tile or not; the block's
+            first row (into `rows`); where that row's partial goes, those of the others behind it,
+            or -1: the block is its rows' only one; four times the number of rows, plus 1 in the
+            first step of a block, plus 2 in the last; and of each chunk, the page times the page
+            size plus the slot of its first token.
+        blocks: [B, 4] first row, end row (into `rows`), first step, end step.
         rows: [K] query rows, B * T of q [B, heads, T, dim] counted as b * T + t.
-        slots: [K] where the partial of a row goes; -1: the block is the row's only one.
-        tiles: [T, 3] first page (into `pages`), first position, end position.
-        pages: page numbers.
-        merge_ptr: [R+1] the partials of row r are slots merge_ptr[r]..merge_ptr[r+1]-1.
+        slots: the partials of row r are slots[merge_ptr[r]:merge_ptr[r+1]].
+        merge_ptr: [R+1], a row's range is empty if its only block is.
         positions: [R or more] of the query rows, far below 0 if they see nothing; what follows
             the first R is padding.
         page_size: tokens in a page.
     """
 
     shapes: np.ndarray
+    lanes: np.ndarray
+    steps: np.ndarray
     blocks: np.ndarray
     rows: np.ndarray
     slots: np.ndarray
-    tiles: np.ndarray
-    pages: np.ndarray
     merge_ptr: np.ndarray
     positions: np.ndarray
     page_size: int
@@ -135,12 +160,15 @@ class Plan:
     """What every layer of a forward does, made once.
 
     As a tensor it is int32 [1, 1, C, W]: row 0 is the header, row 1 the positions, the other rows
-    hold the tables one after another. W is at least the number of query rows and of partials, so a
-    launcher sizes its workspace from the shape, without waiting for the device. The header:
+    hold the tables one after another, shapes first. W is at least the number of query rows and of
+    partials, so a launcher sizes its workspace from the shape, without waiting for the device. The
+    header:
 
         0, 1, 2             query rows, partials, page size
-        3 + 2 i, 4 + 2 i    offset in the tensor and size, in elements, of table i of
-                            shapes, blocks, rows, slots, tiles, pages, merge_ptr
+        3                   the position of row 0 as planned: how far all have advanced since
+        4                   columns of `steps`
+        5 + 2 i, 6 + 2 i    offset in the tensor and size, in elements, of table i of
+                            shapes, lanes, steps, blocks, rows, slots, merge_ptr
     """
 
     tables: Tables
@@ -153,12 +181,8 @@ class Plan:
     @property
     def kv_tokens(self) -> int:
         """Tokens whose K and V each KV head reads, at the positions planned for; re-reads count."""
-        tables, blocks = self.tables, self.tables.blocks
-        if not len(blocks):
-            return 0
-        last = np.maximum.reduceat(tables.positions[tables.rows], blocks[:, 0])
-        begin, end = tables.tiles[blocks[:, 2], 1], tables.tiles[blocks[:, 3] - 1, 2]
-        return int(np.maximum(np.minimum(end, last + 1) - begin, 0).sum())
+        steps = self.tables.steps
+        return int(np.clip(steps[:, 2], 0, steps[:, 1]).sum())
 
     @functools.cached_property
     def shape(self) -> tuple[int, int]:
@@ -172,7 +196,7 @@ class Plan:
 
     @property
     def _size(self) -> int:
-        return sum(getattr(self.tables, name).size for name in _TABLES)
+        return sum(_aligned(getattr(self.tables, name).size) for name in _TABLES)
 
     def tensor(
         self, device: torch.device | str, capacity: tuple[int, int] | None = None
@@ -199,13 +223,15 @@ class Plan:
         flat = np.zeros(height * width, np.int32)
         positions = self.tables.positions
         flat[:3] = len(positions), self.partials, self.tables.page_size
+        flat[3] = positions[0] if len(positions) else 0
+        flat[4] = self.tables.steps.shape[1]
         flat[width : width + len(positions)] = positions
         offset = 2 * width
         for i, name in enumerate(_TABLES):
             table = getattr(self.tables, name)
-            flat[3 + 2 * i : 5 + 2 * i] = offset, table.size
+            flat[5 + 2 * i : 7 + 2 * i] = offset, table.size
             flat[offset : offset + table.size] = table.ravel()
-            offset += table.size
+            offset += _aligned(table.size)
         return torch.from_numpy(flat.reshape(1, 1, height, width)).to(device)
 
     @staticmethod
@@ -214,18 +240,19 @@ class Plan:
         width = tensor.shape[-1]
         flat = tensor.cpu().numpy().reshape(-1)
         header = flat[:_HEADER].tolist()
-        tables = []
+        columns, tables = {**_COLUMNS, "steps": header[4]}, []
         for i, name in enumerate(_TABLES):
-            offset, size = header[3 + 2 * i], header[4 + 2 * i]
+            offset, size = header[5 + 2 * i], header[6 + 2 * i]
             table = flat[offset : offset + size]
-            tables.append(table.reshape(-1, _COLUMNS[name]) if name in _COLUMNS else table)
+            tables.append(table.reshape(-1, columns[name]) if name in columns else table)
         return Tables(*tables, flat[width : width + header[0]], header[2])
 
     @staticmethod
     def positions(tensor: torch.Tensor) -> torch.Tensor:
         """The positions in a plan tensor, a view [W]: one for each query row, then padding.
 
-        They may be advanced in place, on the device, until one reaches the end of its node.
+        They may be advanced in place, on the device, all alike, until one reaches the end of its
+        node.
         """
         return tensor[0, 0, 1]
 
@@ -260,8 +287,8 @@ def make_plan(
     _check(nodes, node, position, heads, page_size)
     forest = _compress(nodes, node, position)
     merged, link = _pack(forest, heads, machine)
-    packs = _runs(nodes, forest, merged, link, page_size, machine)
-    queries = _query_tiles(nodes, forest, packs, position, heads, machine, ahead)
+    packs = _runs(nodes, forest, merged, link)
+    queries = _query_tiles(nodes, forest, packs, position, page_size, heads, machine, ahead)
     position = np.where(node < 0, _NOWHERE, position)
     return Plan(_tables(nodes, packs, queries, position, page_size, heads, machine))
 
@@ -377,21 +404,11 @@ class _Packs(NamedTuple):
     chain: np.ndarray  # [P] the run's last
     entry: np.ndarray  # [P+1] the pack's rows are rows[entry[p]:entry[p+1]]
     rows: np.ndarray
-    log_tokens: np.ndarray  # [P] log2 of n
-    tile: np.ndarray  # [P+1] the pack's tiles are tiles[tile[p]:tile[p+1]]
-    bottom: np.ndarray  # [P] the run's last node
-    last: np.ndarray  # [P] tiles of the run that lie in it
-    tiles: np.ndarray  # [T, 3]
+    member: np.ndarray  # [P+1] the run's nodes are members[member[p]:member[p+1]]
+    members: np.ndarray
 
 
-def _runs(
-    nodes: Nodes,
-    forest: _Forest,
-    merged: np.ndarray,
-    link: np.ndarray,
-    page_size: int,
-    machine: Machine,
-) -> _Packs:
+def _runs(nodes: Nodes, forest: _Forest, merged: np.ndarray, link: np.ndarray) -> _Packs:
     chain, row = _climb(forest.chain, link)
     count = np.bincount(chain, minlength=len(link))
     row = row[_stable_argsort(chain, len(link))]
@@ -402,55 +419,23 @@ def _runs(
     order = _stable_argsort(pack, len(packs))
     chain, pack = chain[order], pack[order]
     owner, index = _expand(forest.members[chain])
-    member = forest.alive[forest.first[chain][owner] + index]
-    pack = pack[owner]
-
-    length = nodes.length[member].astype(np.int64)
-    log_tokens = _log_kv_tiles(length, pack, len(packs), page_size, machine)
-    per_member = -(-length >> log_tokens[pack])  # ceiling
-    owner, index = _expand(per_member)
-    start = nodes.start[member]
-    step = index << log_tokens[pack][owner]
-    tiles = np.empty((len(index), 3), np.int32)
-    tiles[:, 0] = nodes.page_ptr[member][owner] + step // page_size
-    tiles[:, 1] = begin = start[owner] + step
-    size = 1 << log_tokens[pack]
-    tiles[:, 2] = np.minimum(begin + size[owner], (start + length)[owner])
-    begin = _starts(pack)
-    end = np.append(begin[1:], len(pack)) - 1 if len(pack) else begin
     return _Packs(
         packs,
         _offsets(count[packs]),
         forest.rows[row],
-        log_tokens,
-        _offsets(np.add.reduceat(per_member, begin) if len(pack) else begin),
-        member[end],
-        per_member[end],
-        tiles,
+        _offsets(np.bincount(pack[owner], minlength=len(packs))),
+        forest.alive[forest.first[chain][owner] + index],
     )
 
 
-def _log_kv_tiles(
-    length: np.ndarray, pack: np.ndarray, packs: int, page_size: int, machine: Machine
-) -> np.ndarray:
-    """log2 of each pack's n: the largest tile that pads its nodes by an eighth at most."""
-    chosen = np.full(packs, page_size.bit_length() - 1)
-    sizes = [n for n in machine.tokens if n > page_size]
-    if sizes:
-        most = np.bincount(pack, -(-length // page_size) * page_size, packs) * 1.125
-        for n in sizes:
-            padded = np.bincount(pack, -(-length // n) * n, packs)
-            chosen[padded <= most] = n.bit_length() - 1
-    return chosen
-
-
 class _Queries(NamedTuple):
-    """Query tiles; all of a pack's are alike but the last."""
+    """Query tiles, sorted by shape; all of a pack's are alike but the last."""
 
     pack: np.ndarray  # [Q]
     entry: np.ndarray  # [Q] first of the tile's rows
     rows: np.ndarray  # [Q] how many
-    kv_tiles: np.ndarray  # [Q] tiles from the front of the run that the rows can see
+    shape: np.ndarray  # [Q] of the machine's
+    seen: np.ndarray  # [Q] tokens of the run's last node that the rows can see
 
 
 def _query_tiles(
@@ -458,6 +443,7 @@ def _query_tiles(
     forest: _Forest,
     packs: _Packs,
     position: np.ndarray,
+    page_size: int,
     heads: Heads,
     machine: Machine,
     ahead: int | None,
@@ -467,21 +453,19 @@ def _query_tiles(
     pack, index = _expand(-(-rows // room))
     entry = packs.entry[pack] + index * room
     rows = np.minimum(rows[pack] - index * room, room)
-    kv_tiles = (packs.tile[1:] - packs.tile[:-1])[pack]
-    if not len(pack):
-        return _Queries(pack, entry, rows, kv_tiles)
+    most = [shape.rows for shape in machine.shapes]
+    shape = np.searchsorted(most[:-1], rows * heads.group)
 
     # Rows that end in the run's last node see a part of it, and more of it as they advance.
-    start = nodes.start[packs.bottom]
-    end = start + nodes.length[packs.bottom]
-    advance = np.maximum(end - 1 - forest.furthest[packs.chain], 0)
+    bottom = packs.members[packs.member[1:] - 1]
+    start, length = nodes.start[bottom], nodes.length[bottom]
+    advance = np.maximum(start + length - 1 - forest.furthest[packs.chain], 0)
     if ahead is not None:
         advance = np.minimum(advance, ahead)
-    last = np.maximum.reduceat(position[packs.rows], entry)
-    seen = np.maximum(last + (advance - start + 1)[pack], 0)
-    seen = -(-seen >> packs.log_tokens[pack])  # ceiling
-    kv_tiles -= np.maximum(packs.last[pack] - seen, 0)
-    return _Queries(pack, entry, rows, kv_tiles)
+    last = np.maximum.reduceat(position[packs.rows], entry) if len(entry) else entry
+    seen = np.clip(last + (advance + 1 - start)[pack], 1, length[pack])
+    order = _stable_argsort(shape, len(most))
+    return _Queries(*(x[order] for x in (pack, entry, rows, shape, seen)))
 
 
 def _tables(
@@ -493,55 +477,123 @@ def _tables(
     heads: Heads,
     machine: Machine,
 ) -> Tables:
-    log_tokens = packs.log_tokens[queries.pack]
-    log_rows = np.maximum(_log2_ceil(queries.rows * heads.group), _log2_ceil(machine.min_rows))
-    tokens = queries.kv_tiles << log_tokens
-    share = max(machine.min_split, -(-int(tokens.sum()) // max(machine.workers // heads.kv, 1)))
-    splits = np.minimum(-(-tokens // share), queries.kv_tiles)
-    tile, part = _expand(splits)
-    kv_tiles, splits = queries.kv_tiles[tile], splits[tile]
-    begin, end = part * kv_tiles // splits, (part + 1) * kv_tiles // splits
+    # The nodes of the query tiles' runs, and the steps in each.
+    counts = (packs.member[1:] - packs.member[:-1])[queries.pack]
+    tile, index = _expand(counts)
+    member = packs.members[packs.member[queries.pack][tile] + index]
+    length = nodes.length[member]
+    bottom = np.cumsum(counts) - 1
+    seen = length.copy()
+    seen[bottom] = queries.seen
+    sizes = np.array([shape.tokens or page_size for shape in machine.shapes])
+    tokens = sizes[queries.shape][tile]
+    counts = -(-seen // tokens)
+    upto = _offsets(counts)
+    tile_ptr = np.append(0, upto[bottom + 1])
+    lengths = tile_ptr[1:] - tile_ptr[:-1]
 
-    # Sorted by shape, then from the most tiles to the fewest.
-    shape = (log_rows << 5 | log_tokens)[tile]
-    most = int(kv_tiles.max(initial=0))
-    order = _stable_argsort(most - (end - begin), most + 1)
-    order = order[_stable_argsort(shape[order], 1 << 10)]
-    tile, shape = tile[order], shape[order]
-    base = packs.tile[queries.pack[tile]]
+    chunks = max(int(sizes.max()) // page_size, 1)
+    steps = np.empty((upto[-1], _STEP + chunks), np.int32)
+    start, begin, size, length, first = (
+        np.repeat(x.astype(np.int32), counts)
+        for x in (nodes.start[member], upto[:-1] * tokens, tokens, length, nodes.page_ptr[member])
+    )
+    begin = np.arange(len(steps), dtype=np.int32) * size - begin
+    where = start + begin
+    steps[:, 0] = where
+    steps[:, 1] = np.minimum(size, length - begin)
+    shift = page_size.bit_length() - 1
+    for chunk in range(chunks):
+        token = np.minimum(begin + (chunk << shift), length - 1) if chunk else begin
+        page = np.asarray(nodes.pages, np.int32)[first + (token >> shift)]
+        steps[:, _STEP + chunk] = (page << shift) + (token & (page_size - 1))
+
+    # Lanes are cut from the steps of a shape, blocks from the query tiles where lanes end.
+    bounds = np.searchsorted(queries.shape, np.arange(len(machine.shapes) + 1))
+    cut = np.zeros(len(steps) + 1, bool)
+    for shape, n, a, b in zip(machine.shapes, sizes.tolist(), bounds, bounds[1:], strict=False):
+        if a < b:
+            programs = max(shape.programs // heads.kv, 1)
+            cut[tile_ptr[a] + _cuts(lengths[a:b], programs, machine.min_split // n)] = True
+    lanes = np.flatnonzero(cut[:-1])
+    cut[tile_ptr] = True
+    begin = np.flatnonzero(cut[:-1])
+    end = np.append(begin[1:], len(steps))[: len(begin)]
+    tile = np.searchsorted(tile_ptr, begin, side="right") - 1
     counts = queries.rows[tile]
-    blocks = np.empty((len(tile), 4), np.int32)
+    blocks = np.empty((len(begin), 4), np.int32)
     blocks[:, 1] = np.cumsum(counts)
     blocks[:, 0] = blocks[:, 1] - counts
-    blocks[:, 2] = base + begin[order]
-    blocks[:, 3] = base + end[order]
-
+    blocks[:, 2] = begin
+    blocks[:, 3] = end
     owner, index = _expand(counts)
     rows = packs.rows[queries.entry[tile][owner] + index]
-    partials = np.bincount(rows, minlength=len(position))
-    partials[partials == 1] = 0
-    slots = np.full(len(rows), -1, np.int32)
-    shared = np.flatnonzero(partials[rows])
-    slots[shared[_stable_argsort(rows[shared], len(position))]] = np.arange(len(shared))
+    slots = partials = np.zeros(0, np.int64)
+    if len(rows):
+        # A block is final if it is its rows' only one.
+        single = np.bincount(rows)[rows] == 1
+        partial = ~np.logical_and.reduceat(single, blocks[:, 0])
+        split = np.repeat(partial, counts)
+        slots = _stable_argsort(rows[split], len(position))
+        partials = rows[split]
+        lengths = end - begin
+        for column, x in (
+            (2, np.maximum.reduceat(position[rows], blocks[:, 0]) + 1),
+            (3, np.minimum.reduceat(position[rows], blocks[:, 0]) + 1),
+            (4, blocks[:, 0]),
+            (5, np.where(partial, np.cumsum(partial * counts) - counts, -1)),
+            (6, counts * 4),
+        ):
+            x = np.repeat(x.astype(np.int32), lengths)
+            steps[:, column] = x - where if column < 4 else x
+        steps[begin, 6] += 1
+        steps[end - 1, 6] += 2
 
-    begin = _starts(shape)
-    shapes = np.empty((len(begin), 4), np.int32)
-    shapes[:, 0] = 1 << (shape[begin] >> 5)
-    shapes[:, 1] = 1 << (shape[begin] & 31)
-    shapes[:, 2] = begin
-    shapes[:-1, 3] = begin[1:]
-    shapes[-1:, 3] = len(shape)
+    shapes = np.empty((len(machine.shapes), 6), np.int32)
+    shapes[:, 0] = [shape.rows for shape in machine.shapes]
+    shapes[:, 1] = sizes
+    bounds = tile_ptr[bounds]
+    for column, starts in ((2, begin), (4, lanes)):
+        at = np.searchsorted(starts, bounds)
+        shapes[:, column], shapes[:, column + 1] = at[:-1], at[1:]
     return Tables(
         shapes,
+        np.append(lanes, len(steps)).astype(np.int32),
+        steps,
         blocks,
         rows.astype(np.int32),
-        slots,
-        packs.tiles,
-        np.asarray(nodes.pages, np.int32),
-        _offsets(partials).astype(np.int32),
+        slots.astype(np.int32),
+        _offsets(np.bincount(partials, minlength=len(position))).astype(np.int32),
         position.astype(np.int32),
         page_size,
     )
+
+
+def _cuts(lengths: np.ndarray, lanes: int, least: int) -> np.ndarray:
+    """Cuts query tiles of so many steps, laid end to end, into at most `lanes` even lanes.
+
+    A cut may fall inside a tile if it leaves `least` steps on both sides. To begin a tile counts
+    as a step.
+
+    Returns:
+        int64, where the lanes begin, in steps; the last may be the end, and some of them equal.
+    """
+    ends = np.cumsum(lengths + 1)
+    total = int(ends[-1])
+    lanes = min(lanes, total)
+    cut = np.arange(lanes) * total // lanes
+    tile = np.searchsorted(ends, cut, side="right")
+    length = lengths[tile]
+    begin = ends[tile] - length - 1
+    inside = np.minimum(cut - begin, length)
+    if total < lanes * least:  # to cut there at every lane's end would be to cut too often
+        pieces = np.maximum(length // least, 1)
+        inside = (2 * inside * pieces + length) // (2 * length) * length // pieces
+    front = 2 * inside < length
+    inside[front & (inside < least)] = 0
+    back = ~front & (length - inside < least)
+    inside[back] = length[back]
+    return begin - tile + inside
 
 
 def _check(
@@ -569,7 +621,12 @@ def _check(
 
 def _query_tile(heads: Heads, machine: Machine) -> int:
     """Query tokens in the largest query tile."""
-    return max(machine.max_rows // heads.group, 1)
+    return max(machine.shapes[-1].rows // heads.group, 1)
+
+
+def _aligned(size: int) -> int:
+    """Elements that a table takes: whole sectors of 32 bytes, for a step to lie in one."""
+    return -(-size // 8) * 8
 
 
 def _offsets(counts: np.ndarray) -> np.ndarray:
@@ -608,7 +665,3 @@ def _climb(at: np.ndarray, above: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _stable_argsort(keys: np.ndarray, below: int) -> np.ndarray:
     # NumPy sorts 16 bits by radix, wider ones by merging.
     return np.argsort(keys.astype(np.uint16) if below < 1 << 16 else keys, kind="stable")
-
-
-def _log2_ceil(x: np.ndarray | int) -> np.ndarray:
-    return np.frexp(np.asarray(x) - 1)[1]

@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pat_hf.kernels import cpu, naive, ops
-from pat_hf.kernels.plan import Heads, Machine, Plan, make_plan
+from pat_hf.kernels.plan import Heads, Machine, Plan, Shape, make_plan
 
 from .trees import Case, cases, nodes_of, path_tokens, pools, room
 
 MACHINES = [
     Machine.cpu(),
     Machine.gpu(132),
-    Machine(1, 16, (32, 64), min_split=64, workers=1 << 30),
-    Machine(16, 64, (16,), min_split=16, workers=8),
+    Machine((Shape(1, 64, 1 << 30), Shape(16, 32, 1 << 30)), min_split=64),
+    Machine((Shape(16, 0, 8), Shape(64, 16, 8)), min_split=16),
 ]
 # Three levels, 40 requests of three query tokens, the leaves ragged.
 LEAVES = [5 + 13 * i % 90 for i in range(40)]

@@ -15,10 +15,11 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from pat_hf.kernels.forward import forward_kernel, tiles  # noqa: E402
+from pat_hf.kernels.plan import Machine  # noqa: E402
 
 CHECK = Path(__file__).parent / "gpu" / "check.py"
 SHARED = {80: 163 << 10, 90: 227 << 10}
-STACK = 64  # bytes a thread
+STACK = 160  # bytes a thread
 
 
 def test_interpreted_kernels_equal_the_reference():
@@ -32,18 +33,22 @@ def test_interpreted_kernels_equal_the_reference():
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+def test_plans_are_made_for_the_programs_that_run():
+    programs = [shape.programs for shape in Machine.gpu(132).shapes]
+    assert programs == [132 * tile.per_sm for tile in tiles(2, 128, 9)]
+
+
 @pytest.mark.parametrize("capability", SHARED)
 @pytest.mark.parametrize("dtype, dim", [("fp16", 128), ("fp16", 256), ("fp32", 128)])
 def test_shapes_fit_registers_and_shared_memory(capability, dtype, dim):
-    shapes = tiles(4 if dtype == "fp32" else 2, dim)
+    shapes = tiles(4 if dtype == "fp32" else 2, dim, capability // 10)
     for i, tile in enumerate(shapes):
-        above = shapes[i + 1].rows if i + 1 < len(shapes) else 0
-        kernel = _compile(tile, above, dtype, dim, capability)
+        kernel = _compile(tile, i, dtype, dim, capability)
         assert kernel.metadata.shared * tile.per_sm <= SHARED[capability], tile
         assert _stack_bytes(kernel.asm["cubin"]) <= STACK, tile
 
 
-def _compile(tile, above, dtype, dim, capability, heads=8, group=4, page=64):
+def _compile(tile, i, dtype, dim, capability, heads=8, group=4, page=64):
     strides = {
         name: stride
         for side in ("sk", "sv")
@@ -51,8 +56,9 @@ def _compile(tile, above, dtype, dim, capability, heads=8, group=4, page=64):
     }
     constants = {
         **{"T": 1, "H": heads, "G": group, "K": dim, "V": dim, "P": page, **strides},
-        **{"sk_t": dim, "sv_t": dim, "ABOVE": above, "ROWS": tile.rows},
-        **{"BM": tile.m, "BN": tile.n, "BK": dim, "BV": dim, "USE_BRANCH": tile.branch},
+        **{"sk_t": dim, "sv_t": dim, "SHAPE": i, "STEP": 9},
+        **{"ROWS": Machine.gpu(1).shapes[i].rows, "N": Machine.gpu(1).shapes[i].tokens},
+        **{"BM": tile.m, "BN": tile.n, "BK": dim, "BV": dim, "STREAM_Q": tile.stream_q},
         **{"USE_WINDOW": False, "USE_SOFTCAP": False, "USE_SINKS": False},
         **{"IS_FLOAT32": dtype == "fp32", "USE_PDL": capability >= 90},
     }

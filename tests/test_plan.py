@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pat_hf.kernels.plan import Heads, Machine, Nodes, Plan, make_plan
+from pat_hf.kernels.plan import Heads, Machine, Nodes, Plan, Shape, make_plan
 
 from .trees import Case, cases, nodes_of, path_tokens, room
 
@@ -15,8 +15,8 @@ HEADS = Heads(query=8, kv=2, key_dim=128, value_dim=128, itemsize=2)
 MACHINES = [
     Machine.cpu(),
     Machine.gpu(132),
-    Machine(1, 16, (32, 64), min_split=64, workers=1 << 30),
-    Machine(16, 64, (16,), min_split=16, workers=8),
+    Machine((Shape(1, 64, 1 << 30), Shape(16, 32, 1 << 30)), min_split=64),
+    Machine((Shape(16, 0, 8), Shape(64, 16, 8)), min_split=16),
 ]
 
 
@@ -33,7 +33,7 @@ def reads(plan):
     return sorted(
         (
             sorted(tables.rows[a:b].tolist()),
-            int((tables.tiles[c:d, 2] - tables.tiles[c:d, 1]).sum()),
+            int(tables.steps[c:d, 1].sum()),
         )
         for a, b, c, d in tables.blocks.tolist()
     )
@@ -41,18 +41,17 @@ def reads(plan):
 
 def assert_covers(tables, case: Case, position):
     """Each visible (row, token) pair is in one block, and no block reads anything else."""
-    size = case.page_size
     pairs = []
-    for n, begin, end in tables.shapes[:, 1:].tolist():
+    for n, begin, end in tables.shapes[:, 1:4].tolist():
+        chunk = min(n, case.page_size)
         for block in range(begin, end):
             first_row, last_row, first, last = tables.blocks[block]
             rows = tables.rows[first_row:last_row].astype(np.int64)
-            page, start, stop = tables.tiles[first:last].T[..., None].astype(np.int64)
+            start, count = tables.steps[first:last, :2].T[..., None].astype(np.int64)
             inside = np.arange(n)
-            real = start + inside < stop
-            page = np.broadcast_to(page + inside // size, real.shape)[real]
-            token = tables.pages[page].astype(np.int64) * size + np.nonzero(real)[1] % size
-            where = (start + inside)[real]
+            real = inside < count
+            token = tables.steps[first:last, 7 + inside // chunk] + inside % chunk
+            token, where = token[real].astype(np.int64), (start + inside)[real]
             seen = where <= position[rows][:, None]
             pairs.append((rows[:, None] << 40 | token)[seen])
     expected = [row << 40 | path_tokens(case, row, position[row]) for row in range(len(case.node))]
@@ -61,25 +60,47 @@ def assert_covers(tables, case: Case, position):
 
 
 def assert_consistent(tables, heads, machine, page_size):
-    shapes, blocks = tables.shapes, tables.blocks
-    assert shapes[:, 2].tolist() == [0, *shapes[:-1, 3]][: len(shapes)]
-    assert len(shapes) == 0 or shapes[-1, 3] == len(blocks)
-    assert len({(m, n) for m, n, _, _ in shapes.tolist()}) == len(shapes)
-    assert (blocks[:, 2] < blocks[:, 3]).all()
-    for m, n, begin, end in shapes.tolist():
+    shapes, blocks, lanes, steps = tables.shapes, tables.blocks, tables.lanes, tables.steps
+    assert shapes[:, 0].tolist() == [shape.rows for shape in machine.shapes]
+    for first in (2, 4):
+        assert shapes[:, first].tolist() == [0, *shapes[:-1, first + 1]]
+    assert shapes[-1, 3] == len(blocks) and shapes[-1, 5] == len(lanes) - 1
+    # Blocks are whole in a lane, lanes in a shape.
+    assert blocks[:, 2].tolist() == [0, *blocks[:-1, 3]][: len(blocks)]
+    assert (blocks[:, 2] < blocks[:, 3]).all() and (np.diff(lanes) > 0).all()
+    assert lanes[0] == 0 and lanes[-1] == len(steps) and np.isin(lanes[:-1], blocks[:, 2]).all()
+    for i, (m, n, begin, end, lane, last_lane) in enumerate(shapes.tolist()):
+        assert n == machine.shapes[i].tokens or n == page_size and not machine.shapes[i].tokens
+        assert last_lane - lane <= max(machine.shapes[i].programs // heads.kv, 1)
+        if begin < end:
+            assert lanes[lane] == blocks[begin, 2] and lanes[last_lane] == blocks[end - 1, 3]
         rows = (blocks[begin:end, 1] - blocks[begin:end, 0]) * heads.group
-        assert (0 < rows).all() and (rows <= m).all() and m & (m - 1) == 0
-        assert m <= max(machine.max_rows, 1 << (heads.group - 1).bit_length())
-        assert n & (n - 1) == 0 and n >= page_size
-        assert (np.diff(blocks[begin:end, 3] - blocks[begin:end, 2]) <= 0).all()
-        for first, last in blocks[begin:end, 2:].tolist():
-            tiles = tables.tiles[first:last]
-            assert (tiles[:, 1] < tiles[:, 2]).all() and (tiles[:, 2] - tiles[:, 1] <= n).all()
-            assert (tiles[1:, 1] == tiles[:-1, 2]).all()
-    counts = np.bincount(tables.rows, minlength=len(tables.positions))
+        assert (rows > (shapes[i - 1, 0] if i else 0)).all()
+        assert (rows <= m).all() or i == len(shapes) - 1 and (rows <= max(m, heads.group)).all()
+        for row, end_row, first, last in blocks[begin:end].tolist():
+            tiles, position = steps[first:last], tables.positions[tables.rows[row:end_row]]
+            assert (tiles[:, 1] > 0).all() and (tiles[:, 1] <= n).all()
+            assert (tiles[1:, 0] == tiles[:-1, :2].sum(1)).all()
+            assert (tiles[:, 2] == position.max() + 1 - tiles[:, 0]).all()
+            assert (tiles[:, 3] == position.min() + 1 - tiles[:, 0]).all()
+            assert (tiles[:, 4] == row).all() and (tiles[:, 5] == tiles[0, 5]).all()
+            assert tiles[:, 6].tolist() == [
+                4 * (end_row - row) + (tile == first) + 2 * (tile == last - 1)
+                for tile in range(first, last)
+            ]
+    # A result is a row's only one, or one of its partials.
+    owner = np.full(len(tables.slots), -1)
     for row, (begin, end) in enumerate(zip(tables.merge_ptr, tables.merge_ptr[1:], strict=False)):
-        slots = np.sort(tables.slots[tables.rows == row]).tolist()
-        assert slots == ([-1] * counts[row] if counts[row] < 2 else list(range(begin, end)))
+        owner[tables.slots[begin:end]] = row
+    counts = np.bincount(tables.rows, minlength=len(tables.positions))
+    partials = []
+    for row, end_row, first, _ in blocks.tolist():
+        slot, rows = steps[first, 5], tables.rows[row:end_row]
+        assert slot >= 0 or (counts[rows] == 1).all()
+        if slot >= 0:
+            assert owner[slot : slot + len(rows)].tolist() == rows.tolist()
+            partials += range(slot, slot + len(rows))
+    assert sorted(partials) == list(range(len(owner)))
 
 
 @given(cases(), st.sampled_from(MACHINES))
@@ -147,41 +168,51 @@ def test_threshold_counts_bytes():
 def test_children_that_fill_query_tiles_merge():
     # Tiles of 16: the 128 queries of one child fill 8, the 100 of the other need 7 and leave 7
     # for the prefix with the one that ends there.
-    machine = Machine(16, 64, (16,), min_split=1 << 20, workers=1 << 30)
+    machine = Machine((Shape(16, 16, 1 << 30), Shape(64, 16, 1 << 30)), min_split=1 << 20)
     nodes = nodes_of([0, 1, 1], [2000, 200, 200])
     plan = plan_of(nodes, np.repeat([0, 1, 2], [1, 128, 100]), machine=machine)
     assert plan.kv_tokens == 8 * 2200 + 7 * 200 + 7 * 2000
-    assert plan.partials == 100 * 2
+    # The one's block is not final for others, so its result is a partial, too.
+    assert plan.partials == 100 * 2 + 1
 
 
 def test_chains_are_one_run():
     nodes = nodes_of(range(500), [5] * 500)
     plan = plan_of(nodes, [499, 499])
     assert reads(plan) == [([0, 1], 2500)] and plan.partials == 0
-    assert len(plan.tables.tiles) == 500
+    assert len(plan.tables.steps) == 500
 
 
 def test_deep_trees_stay_small():
     # A row ends at each of 400 levels: 80,200 pairs of row and node, 1,283,200 of row and token.
     nodes = nodes_of(range(400), [16] * 400)
     plan = plan_of(nodes, range(400))
-    assert plan.tensor("cpu").numel() < 80_200
+    assert len(plan.tables.steps) < 80_200 / 4
     assert plan.kv_tokens < 1_283_200 / 4
 
 
-def test_a_long_run_is_split_among_the_workers():
-    machine = Machine(16, 64, (64,), min_split=128, workers=2 * 20)
-    nodes = nodes_of([0, 1, 1], [64 * 100, 64, 64])
-    plan = plan_of(nodes, [1, 2], machine=machine)
-    tables = plan.tables
-    tiles = (tables.blocks[:, 3] - tables.blocks[:, 2]).tolist()
-    assert sum(tiles) == 102 and max(tiles) <= 6 and len(tiles) <= 22
-    assert plan.partials == len(tables.rows)
+def test_a_long_run_is_split_evenly_among_the_lanes():
+    machine = Machine((Shape(16, 64, 2 * 20),), min_split=128)
+    for length, longest in ((100, 6), (40, 3), (20, 2), (3, 3)):
+        plan = plan_of(nodes_of([0, 1, 1], [64 * length, 64, 64]), [1, 2], machine=machine)
+        tables = plan.tables
+        assert len(tables.lanes) - 1 <= 20 and np.diff(tables.lanes).max() <= longest
+        assert (tables.blocks[:, 3] - tables.blocks[:, 2]).sum() == length + 2
+        assert plan.partials == len(tables.rows)
+
+
+def test_lanes_of_short_blocks_are_even():
+    machine = Machine((Shape(16, 64, 2 * 20),), min_split=128)
+    for leaves in (7, 20, 190):
+        nodes = nodes_of([0] * leaves, [40] * leaves)
+        tables = plan_of(nodes, range(leaves), machine=machine).tables
+        steps = np.diff(tables.lanes)
+        assert len(steps) == min(leaves, 20) and steps.max() - steps.min() <= 1
 
 
 def test_prefill_reads_no_further_than_its_rows():
     nodes = nodes_of([0, 1], [1024, 4096])
-    machine = Machine(16, 128, (32,), min_split=1 << 20, workers=1 << 30)
+    machine = Machine((Shape(128, 32, 1 << 30),), min_split=1 << 20)
     position = np.arange(1024 + 512, 1024 + 1024)
     plan = plan_of(nodes, [1] * 512, position, machine=machine, ahead=0)
     # Tiles of 32 query tokens, each up to its own last key.

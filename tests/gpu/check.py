@@ -49,6 +49,7 @@ SMALL = [
     Check(2, torch.float16, heads=(5, 1), softcap=2.0, sinks=True, nodes=5, rows=4),
     Check(3, torch.float32, heads=(2, 2), dims=(16, 24), page_size=64, length=3, nodes=5, rows=3),
     Check(4, heads=(16, 1), nodes=4, rows=12, sinks=True, longest=60),
+    Check(5, torch.float32, (16, 1), (16, 16), window=30, nodes=3, rows=6, longest=200),
 ]
 LARGE = [
     *(Check(10 + d, dims=(d, d)) for d in (64, 80, 96, 128, 192, 256)),
