@@ -81,7 +81,7 @@ class Workspace:
 
     Attributes:
         memory: where pages lie; empty while no cache holds the workspace.
-        state: of the model, when the memory was last used.
+        state: of the model, and the size of pages, when the memory was last used.
         steps: by batch, the buffers that decode steps are planned in.
         graphs: captured decode steps, by all that they depend on.
         pool: of PyTorch's allocator, for what the graphs compute: one is replayed at a time.
@@ -208,9 +208,10 @@ class Decoder:
 
     def prepare(self, workspace: Workspace, pool: PagePool) -> None:
         """Gives a pool the layers that its workspace had in the last call, if they are the same."""
-        if self.mode == "compiled" and workspace.state == self._state:
+        state = (self._state, pool.page_size)
+        if self.mode == "compiled" and workspace.state == state:
             pool.restore()
-        workspace.state = self._state
+        workspace.state = state
 
     def prefill(
         self, forward: Forward, cache: PATCache, inputs: dict[str, Any]

@@ -56,6 +56,7 @@ def rerun(monkeypatch):
     whole = graphs._compiled_layer._torchdynamo_orig_callable
     compiled = torch.compile(whole, backend=counter, fullgraph=True, dynamic=False)
     torch._dynamo.reset()
+    monkeypatch.setattr(graphs, "_free", weakref.WeakKeyDictionary())
     monkeypatch.setattr(graphs, "Graph", Rerun)
     monkeypatch.setattr(graphs, "_obstacle", lambda model: None)
     monkeypatch.setattr(graphs, "_compiled_layer", compiled)
@@ -102,6 +103,14 @@ def test_one_capture_serves_a_call_and_the_next_one(rerun, mode):
             assert torch.equal(ours, theirs)
     assert Rerun.made == 1
     assert rerun.frame_count == 0
+
+
+def test_another_page_size_takes_no_layers_over(rerun):
+    stock, pat = pair("Llama")
+    for page_size in (16, 32, 32):
+        cache = pat_hf.PATCache(pat, page_size=page_size, decode="compiled")
+        assert torch.equal(generate(pat, prompts(0), cache), generate(stock, prompts(0)))
+        del cache
 
 
 def test_beams_go_by_captured_steps(rerun):
