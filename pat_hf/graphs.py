@@ -225,7 +225,7 @@ class Decoder:
             with _compiled_layers(cache.model, held, plan):
                 return forward(**inputs | {"attention_mask": plan, "past_key_values": held})
         except Exception as error:
-            self._give_up(error)
+            self._step_down(error)
             return None
 
     def step(
@@ -235,19 +235,20 @@ class Decoder:
         constants = {name: x for name, x in inputs.items() if name not in _INPUTS and x is not None}
         if not all(isinstance(x, (bool, int, float, str)) for x in constants.values()):
             return None
-        key = (
-            self.mode,
-            self._state,
-            inputs["input_ids"].shape,
-            inputs["position_ids"].shape,
-            tuple(sorted(constants.items())),
-            cache.dtype,
-            cache.pool.page_size,
-            cache.pool.memory.moves,
-            cache.step.tensor.data_ptr(),
-        )
-        graph = workspace.graphs.get(key)
-        if graph is None:
+        while self.mode != "eager":
+            key = (
+                self.mode,
+                self._state,
+                inputs["input_ids"].shape,
+                inputs["position_ids"].shape,
+                tuple(sorted(constants.items())),
+                cache.dtype,
+                cache.pool.page_size,
+                cache.pool.memory.moves,
+                cache.step.tensor.data_ptr(),
+            )
+            if graph := workspace.graphs.get(key):
+                return graph(inputs)
             # One for a batch: what an older one was captured for is over.
             workspace.graphs = {k: g for k, g in workspace.graphs.items() if k[2] != key[2]}
             try:
@@ -255,14 +256,15 @@ class Decoder:
                 graph = Graph(forward, cache, inputs, compiled, workspace.pool)
                 workspace.graphs[key], workspace.pool = graph, graph.pool
             except Exception as error:
-                self._give_up(error)
-                return None
-        return graph(inputs)
+                self._step_down(error)
+        return None
 
-    def _give_up(self, error: Exception) -> None:
+    def _step_down(self, error: Exception) -> None:
+        """From compiled to captured, from captured to eager."""
         cause = f"{type(error).__name__}: {error}".split("\n")[0]
-        self.mode, self.reason = "eager", f"capturing failed: {cause}"
-        logger.warning_once(f"pat_hf decodes without CUDA graphs: {self.reason}")
+        self.reason = f"{self.mode} steps failed: {cause}"
+        self.mode = "captured" if self.mode == "compiled" else "eager"
+        logger.warning_once(f"pat_hf: {self.reason}")
 
 
 def _obstacle(model: PreTrainedModel) -> str | None:
