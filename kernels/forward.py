@@ -80,9 +80,9 @@ def _rows(p_rows, p_step, o_r, G: tl.constexpr):
 
 
 @triton.jit
-def _load_queries(q, i_r, o_k, i_hq, T, sq_b, sq_h, sq_t, K: tl.constexpr):
+def _load_queries(q, i_r, o_k, i_hq, sq_r, sq_h, K: tl.constexpr):
     """Queries of the rows i_r and heads i_hq, [BM, BK]."""
-    p_q = q + ((i_r // T).to(tl.int64) * sq_b + i_hq * sq_h + (i_r % T) * sq_t)
+    p_q = q + (i_r.to(tl.int64) * sq_r + i_hq * sq_h)
     return tl.load(p_q[:, None] + o_k[None, :], mask=(o_k < K)[None, :], other=0.0)
 
 
@@ -168,10 +168,8 @@ def forward_kernel(
     softcap,
     window,
     W,
-    sq_b,
+    sq_r,
     sq_h,
-    sq_t,
-    T,
     H: tl.constexpr,
     G: tl.constexpr,
     sk_p: tl.constexpr,
@@ -201,7 +199,7 @@ def forward_kernel(
     """Lanes of one shape; one program takes every so many-th of them.
 
     Args:
-        q: [B, H * G, T, K] by strides; k, v: [pages, H, P, K or V] by strides.
+        q: [B * T, H * G, K] by strides; k, v: [pages, H, P, K or V] by strides.
         plan: int32 [C, W], see `Plan`.
         out: [B * T, H * G, V] contiguous.
         partial: fp32 [W, H * G, V]; lse: fp32 [W, H * G], in base 2.
@@ -271,11 +269,11 @@ def forward_kernel(
             )
             # [BM, BK]
             if STREAM_Q:
-                b_q = _load_queries(q, i_r, o_k, i_hq, T, sq_b, sq_h, sq_t, K)
+                b_q = _load_queries(q, i_r, o_k, i_hq, sq_r, sq_h, K)
             else:
                 if starts:
                     i_q, _ = _rows(p_rows, p_step, o_r, G)
-                    b_q = _load_queries(q, i_q, o_k, i_hq, T, sq_b, sq_h, sq_t, K)
+                    b_q = _load_queries(q, i_q, o_k, i_hq, sq_r, sq_h, K)
 
             # What a step needs is read a step ahead, the places of the rows' numbers two.
             i_r = tl.load(p_rows + row + o_r // G, mask=o_r < rows // 4 * G, other=0)
@@ -338,6 +336,15 @@ def forward_kernel(
         tl.extra.cuda.gdc_wait()
 
 
+def by_rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """x [B, heads, T, dim] with rows b * T + t evenly apart, as Transformers has it; how far."""
+    batch, _, length, _ = x.shape
+    even = batch == 1 or length == 1 or x.stride(0) == length * x.stride(2)
+    if x.stride(3) != 1 or not even:
+        x = x.transpose(1, 2).contiguous().transpose(1, 2)
+    return x, x.stride(0) if length == 1 else x.stride(2)
+
+
 def forward(
     q: torch.Tensor,
     k_pages: torch.Tensor,
@@ -353,9 +360,8 @@ def forward(
     batch, query_heads, length, key_dim = q.shape
     kv_heads, page_size, value_dim = v_pages.shape[1:]
     group, rows, width = query_heads // kv_heads, batch * length, plan.shape[-1]
-    q, k_pages, v_pages = (
-        x if x.stride(-1) == 1 else x.contiguous() for x in (q, k_pages, v_pages)
-    )
+    q, row_stride = by_rows(q)
+    k_pages, v_pages = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_pages, v_pages))
     out = q.new_empty(batch, length, query_heads, value_dim)
     partial = q.new_empty(width, query_heads, value_dim, dtype=torch.float32)
     lse = q.new_empty(width, query_heads, dtype=torch.float32)
@@ -375,8 +381,8 @@ def forward(
             q, k_pages, v_pages, plan, out, partial, lse, sinks,
             scale if softcap is not None else scale * 1.4426950408889634,
             softcap or 0.0, window or 0, width,
-            q.stride(0), q.stride(1), q.stride(2),
-            length, kv_heads, group, *k_pages.stride()[:3], *v_pages.stride()[:3],
+            row_stride, q.stride(1),
+            kv_heads, group, *k_pages.stride()[:3], *v_pages.stride()[:3],
             K=key_dim, V=value_dim, P=page_size,
             SHAPE=i, ROWS=shapes[i].rows, N=shapes[i].tokens, STEP=7 + chunks,
             BM=tile.m, BN=tile.n,

@@ -6,8 +6,10 @@ import torch
 import triton
 import triton.language as tl
 
+from pat_hf.kernels.forward import by_rows
 
-@triton.jit(do_not_specialize=["T"])
+
+@triton.jit
 def store_kernel(
     k_pages,
     v_pages,
@@ -15,13 +17,10 @@ def store_kernel(
     v,
     pages,
     slots,
-    T,
-    sk_b,
+    sk_r,
     sk_h,
-    sk_t,
-    sv_b,
+    sv_r,
     sv_h,
-    sv_t,
     sk_p,
     sv_p,
     P: tl.constexpr,
@@ -36,7 +35,7 @@ def store_kernel(
 
     Args:
         k_pages, v_pages: [pages, H, P, K or V]; pages by stride, contiguous inside.
-        k, v: [B, H, T, K or V] by strides, the last one 1.
+        k, v: [B * T, H, K or V] by strides, the last one 1.
         pages, slots: int64 [B * T].
     """
     i_r = tl.program_id(0).to(tl.int64)
@@ -45,13 +44,12 @@ def store_kernel(
     o_v = tl.arange(0, BV)
     page = tl.load(pages + i_r)
     slot = tl.load(slots + i_r)
-    b, t = i_r // T, i_r % T
     m_h = (o_h < H)[:, None]
     m_k = m_h & (o_k < K)[None, :]
     m_v = m_h & (o_v < V)[None, :]
     # [BH, BK], [BH, BV]
-    b_k = tl.load(k + b * sk_b + t * sk_t + o_h[:, None] * sk_h + o_k[None, :], mask=m_k)
-    b_v = tl.load(v + b * sv_b + t * sv_t + o_h[:, None] * sv_h + o_v[None, :], mask=m_v)
+    b_k = tl.load(k + i_r * sk_r + o_h[:, None] * sk_h + o_k[None, :], mask=m_k)
+    b_v = tl.load(v + i_r * sv_r + o_h[:, None] * sv_h + o_v[None, :], mask=m_v)
     p_h = (o_h * P + slot)[:, None]
     tl.store(k_pages + page * sk_p + p_h * K + o_k[None, :], b_k, mask=m_k)
     tl.store(v_pages + page * sv_p + p_h * V + o_v[None, :], b_v, mask=m_v)
@@ -66,13 +64,13 @@ def store(
     slots: torch.Tensor,
 ) -> None:
     """See `pat_hf.kernels.ops.store`; on a GPU, or on the CPU under Triton's interpreter."""
-    k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (k, v))
+    (k, k_stride), (v, v_stride) = by_rows(k), by_rows(v)
     batch, heads, length, key_dim = k.shape
     value_dim = v.shape[-1]
     block_k, block_v = triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
     some = min(triton.next_power_of_2(heads), max(2048 // max(block_k, block_v), 1))
     store_kernel[(batch * length, triton.cdiv(heads, some))](
-        k_pages, v_pages, k, v, pages, slots, length,
-        *k.stride()[:3], *v.stride()[:3], k_pages.stride(0), v_pages.stride(0),
+        k_pages, v_pages, k, v, pages, slots,
+        k_stride, k.stride(1), v_stride, v.stride(1), k_pages.stride(0), v_pages.stride(0),
         P=k_pages.shape[2], H=heads, K=key_dim, V=value_dim, BH=some, BK=block_k, BV=block_v,
     )  # fmt: skip

@@ -55,7 +55,7 @@ def _compile(tile, i, dtype, dim, capability, heads=8, group=4, page=64):
         for name, stride in ((f"{side}_p", heads * page * dim), (f"{side}_h", page * dim))
     }
     constants = {
-        **{"T": 1, "H": heads, "G": group, "K": dim, "V": dim, "P": page, **strides},
+        **{"H": heads, "G": group, "K": dim, "V": dim, "P": page, **strides},
         **{"sk_t": dim, "sv_t": dim, "SHAPE": i, "STEP": 9},
         **{"ROWS": Machine.gpu(1).shapes[i].rows, "N": Machine.gpu(1).shapes[i].tokens},
         **{"BM": tile.m, "BN": tile.n, "BK": dim, "BV": dim, "STREAM_Q": tile.stream_q},

@@ -24,6 +24,7 @@ from trees import Case, nodes_of, pools  # noqa: E402
 from pat_hf.kernels import naive  # noqa: E402
 from pat_hf.kernels.forward import forward  # noqa: E402
 from pat_hf.kernels.plan import Heads, Machine, make_plan  # noqa: E402
+from pat_hf.kernels.store import store  # noqa: E402
 
 
 class Check(NamedTuple):
@@ -96,6 +97,8 @@ def run(check: Check, device: torch.device, repeat: int) -> tuple[float, float]:
     """The kernels' error and its bound: twice that of PyTorch in the same dtype, plus 1e-5."""
     case = draw(check)
     q, k, v = pools(case, check.dtype, seed=check.seed)
+    if check.seed % 2:  # as Transformers has it
+        q = q.transpose(1, 2).contiguous().transpose(1, 2)
     sinks = torch.randn(check.heads[0]) if check.sinks else None
     options = {"scale": check.dims[0] ** -0.5, "window": check.window, "softcap": check.softcap}
     plan = make_plan(
@@ -117,6 +120,25 @@ def run(check: Check, device: torch.device, repeat: int) -> tuple[float, float]:
     error = (outs[0].double() - exact).abs().max().item()
     least = max((rounded.double() - exact).abs().max().item(), spread)
     return error, 2 * least + 1e-5
+
+
+def stored_exactly(heads: int, dims: tuple[int, int], length: int, device: torch.device) -> bool:
+    """Whether new K and V, in two layouts, come to lie where they belong, and nowhere else."""
+    generator = torch.Generator().manual_seed(heads)
+    size, batch = 16, 3
+    place = torch.randperm(7 * size, generator=generator)[: batch * length]
+    pages, slots = (x.to(device) for x in (place // size, place % size))
+    pools = [torch.full((7, heads, size, dim), torch.nan, device=device) for dim in dims]
+    given = [torch.randn(batch, heads, length, dim, generator=generator) for dim in dims]
+    expected = [pool.clone() for pool in pools]
+    for pool, x in zip(expected, given, strict=True):
+        pool[pages, :, slots] = x.transpose(1, 2).flatten(0, 1).to(device)
+    k, v = given[0].to(device), given[1].transpose(1, 2).contiguous().to(device).transpose(1, 2)
+    store(*pools, k, v, pages, slots)
+    return all(
+        torch.equal(pool.nan_to_num(9.0), exact.nan_to_num(9.0))
+        for pool, exact in zip(pools, expected, strict=True)
+    )
 
 
 def _spread(case, q, k, v, sinks, options, dtype) -> float:
@@ -169,6 +191,10 @@ def main() -> None:
         failed += not error <= bound
         state = "passed" if error <= bound else "FAILED"
         print(f"{state}: error {error:.1e}, bound {bound:.1e}: {check}", flush=True)
+    for sizes in ((1, (16, 16), 1), (3, (80, 48), 5), (8, (128, 128), 1)):
+        if not stored_exactly(*sizes, device):
+            failed += 1
+            print(f"FAILED: store of heads, dims, tokens {sizes}")
     print(f"{len(checks) - failed} of {len(checks)} checks passed")
     sys.exit(failed > 0)
 
