@@ -3,12 +3,13 @@
     python benchmarks/kernels.py --out kernels.json            # the 80 cases of the PAT paper
     python benchmarks/kernels.py --tree 1,10_4096,416 --heads 32/8
     python benchmarks/kernels.py --irregular 8 --sdpa          # random trees; torch's SDPA beside
+    python benchmarks/kernels.py --without packing merge       # what single ideas are worth
 
 A tree "1,10_4096,416" has 1 node of 4,096 tokens and below it 10 of 416; one query per leaf, in
 shuffled order. A row of the result: tree, heads, us (median), roofline_us, error (the largest over
 some rows, against float64), bound (what PyTorch's error in the same dtype allows), kv_mb, tb_s
 (distinct bytes over the time), share (of the roofline, net of what an empty graph takes), best_us
-(the fastest peer's time, from peers-h200.json).
+(the fastest peer's time, from peers-h200.json), sdpa_us, without_us (times with one idea left out).
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from unittest import mock
 
 # Transformers imports a package `kernels`, which must not be this file.
 sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).parent]
@@ -28,12 +32,14 @@ import numpy as np
 import torch
 import triton
 
+from pat_hf.kernels import forward
 from pat_hf.kernels.ops import attention
 from pat_hf.kernels.plan import Heads, Machine, Nodes, make_plan
 
 HERE = Path(__file__).parent
 DIM = 128
 BANDWIDTH, FLOPS = 4.3e12, 790e12
+IDEAS = ("packing", "tiles", "splitting", "overlap", "merge")
 TREES = (
     "1,10_4096,416",
     "1,256_256,32",
@@ -120,10 +126,66 @@ def nodes_of(parent: np.ndarray, length: np.ndarray, page_size: int, seed: int) 
     )
 
 
+def alone(nodes: Nodes, node: np.ndarray) -> tuple[Nodes, np.ndarray]:
+    """A tree in which every row has a path of its own, over the same pages."""
+    parent, end, start, length, pages, leaves = [], [], [], [], [], []
+    for leaf in node.tolist():
+        path = []
+        while leaf >= 0:
+            path.insert(0, leaf)
+            leaf = int(nodes.parent[leaf])
+        first = len(parent)
+        for depth, each in enumerate(path):
+            parent.append(first + depth - 1 if depth else -1)
+            end.append(first + len(path))
+            start.append(int(nodes.start[each]))
+            length.append(int(nodes.length[each]))
+            pages.append(nodes.pages[nodes.page_ptr[each] : nodes.page_ptr[each + 1]])
+        leaves.append(len(parent) - 1)
+    counts = np.concatenate([[0], np.cumsum([len(x) for x in pages])])
+    columns = (parent, end, start, length, counts, np.concatenate(pages))
+    kinds = (np.int32, np.int32, np.int64, np.int32, np.int32, np.int32)
+    return Nodes(*(np.asarray(x, k) for x, k in zip(columns, kinds, strict=True))), np.array(leaves)
+
+
+class Nothing:
+    """A kernel that is not launched."""
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+@contextmanager
+def left_out(idea: str | None, processors: int) -> Iterator[Machine]:
+    """The machine to plan for, and kernels, with one of PAT's ideas left out.
+
+    packing: each request reads all of its path. tiles: all blocks are of the widest shape.
+    splitting: no run of KV is cut. overlap: a shape's kernel waits for the one before. merge: not
+    run, so the output is incomplete; what is saved is what the merge costs.
+    """
+    machine, shipped = Machine.gpu(processors), forward.tiles(2, DIM, 9)
+    with ExitStack() as stack:
+        if idea == "tiles":
+            machine = Machine(machine.shapes[-1:], machine.min_split)
+            shipped = shipped[-1:]
+        if idea == "splitting":
+            machine = Machine(machine.shapes, 1 << 30)
+        if idea == "overlap":
+            before_hopper = (processors, 8)  # which has no dependent launches
+            stack.enter_context(mock.patch.object(forward, "_machine", lambda _: before_hopper))
+        if idea == "merge":
+            stack.enter_context(mock.patch.object(forward, "merge_kernel", Nothing()))
+        stack.enter_context(mock.patch.object(forward, "tiles", lambda *_: shipped))
+        stack.enter_context(mock.patch.object(Machine, "gpu", staticmethod(lambda _: machine)))
+        yield machine
+
+
 class Case:
     """Tensors and plan of one tree and one head configuration."""
 
-    def __init__(self, name: str, heads: str, page_size: int, machine: Machine):
+    def __init__(
+        self, name: str, heads: str, page_size: int, machine: Machine, shared: bool = True
+    ):
         self.name, self.heads_name = name, heads
         seed = int(name[4:]) if name.startswith("seed") else 0
         parent, length = irregular(seed) if name.startswith("seed") else regular(name)
@@ -133,7 +195,8 @@ class Case:
         leaves = np.setdiff1d(np.arange(len(parent)), parent)
         self.node = np.random.default_rng(seed).permutation(leaves)
         self.position = (self.nodes.start + length)[self.node] - 1
-        self.plan = make_plan(self.nodes, self.node, self.position, self.heads, page_size, machine)
+        tree = (self.nodes, self.node) if shared else alone(self.nodes, self.node)
+        self.plan = make_plan(*tree, self.position, self.heads, page_size, machine)
         self.plan_tensor = self.plan.tensor("cuda")
         shape = (len(self.nodes.pages) + 1, kv, page_size, DIM)
         self.q = torch.randn(len(leaves), query, 1, DIM, device="cuda", dtype=torch.float16)
@@ -262,6 +325,12 @@ def summary(rows: list[dict]) -> str:
             lines.append(
                 f"{low}-{high:g} MB: share {np.exp(np.mean(np.log(part))):.3f} ({len(part)} cases)"
             )
+    for idea in rows[0].get("without_us", ()):
+        losses = [row["without_us"][idea] / row["us"] for row in rows]
+        lines.append(
+            f"without {idea}: {np.exp(np.mean(np.log(losses))):.2f}x the time, at most "
+            f"{max(losses):.1f}x"
+        )
     return "\n".join(lines)
 
 
@@ -275,11 +344,13 @@ def main() -> None:
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=25)
     parser.add_argument("--sdpa", action="store_true", help="time PyTorch's dense SDPA too")
+    parser.add_argument("--without", nargs="+", default=[], choices=IDEAS, help="time that, too")
     parser.add_argument("--out", type=Path, help="a JSON file")
     arguments = parser.parse_args()
     trees = list(arguments.tree or (() if arguments.irregular else TREES))
     trees += [f"seed{i}" for i in range(arguments.irregular)]
     device = torch.device("cuda", torch.cuda.current_device())
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
     machine, flush = Machine.of(device), torch.empty(1 << 28, dtype=torch.uint8, device=device)
     empty = torch.zeros(1, device=device)
     floor = graph_us(lambda: empty.add_(1), flush, 50)
@@ -294,8 +365,14 @@ def main() -> None:
             row = measure(case, flush, min(floor, 4.6), arguments.repeat, arguments.sdpa)
             if (tree, heads) in peers:
                 row["best_us"] = peers[tree, heads]
-            rows.append(row)
             del case
+            for idea in arguments.without:
+                with left_out(idea, processors) as other:
+                    case = Case(tree, heads, arguments.page_size, other, idea != "packing")
+                    times = row.setdefault("without_us", {})
+                    times[idea] = round(graph_us(case, flush, arguments.repeat), 2)
+                    del case
+            rows.append(row)
             torch.cuda.empty_cache()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE)
     result = {
