@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int)
     parser.add_argument("--model", choices=MODELS)
     parser.add_argument("--modes", nargs="+", default=["pat", "dynamic"], choices=MODES)
+    parser.add_argument("--beams", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--no-warm-up", action="store_true", help="count the first call, too")
     parser.add_argument("--out", type=Path, help="where to write the rows as JSON")
@@ -106,8 +107,9 @@ def main() -> None:
         prompts = prompts_of(tree, config.vocab_size).to(device)
         for mode in args.modes:
             warm_up = not args.no_warm_up
-            row = measure(model, prompts, args.new_tokens or new_tokens, mode, args.repeat, warm_up)
-            rows.append({"workload": name, "tree": tree, "mode": mode} | row)
+            work = (prompts, args.new_tokens or new_tokens, mode, args.beams)
+            row = measure(model, *work, args.repeat, warm_up)
+            rows.append({"workload": name, "tree": tree, "mode": mode, "beams": args.beams} | row)
             print(json.dumps(rows[-1]), flush=True)
     print(table(rows))
     if args.out:
@@ -162,7 +164,9 @@ MODES = {
 }
 
 
-def call(model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, mode: str) -> dict:
+def call(
+    model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, mode: str, beams: int
+) -> dict:
     """One generation: seconds to the first token of every request and to the end, peak bytes."""
     _, make_cache, kwargs = MODES[mode]
     cuda = prompts.is_cuda
@@ -188,6 +192,7 @@ def call(model: PreTrainedModel, prompts: torch.Tensor, new_tokens: int, mode: s
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,
+            num_beams=beams,
             pad_token_id=0,
             stopping_criteria=[clock],
             **kwargs,
@@ -208,6 +213,7 @@ def measure(
     prompts: torch.Tensor,
     new_tokens: int,
     mode: str,
+    beams: int,
     repeat: int,
     warm_up: bool,
 ) -> dict[str, object]:
@@ -217,7 +223,7 @@ def measure(
     prompt token's K and V once.
     """
     model.set_attn_implementation(MODES[mode][0])
-    calls = [call(model, prompts, new_tokens, mode) for _ in range(repeat + warm_up)]
+    calls = [call(model, prompts, new_tokens, mode, beams) for _ in range(repeat + warm_up)]
     counted = calls[warm_up:]
     ttft = statistics.median(c["ttft"] for c in counted)
     step = statistics.median((c["end"] - c["ttft"]) / (new_tokens - 1) for c in counted)

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import triton
 
+from pat_hf.cache.prefix_tree import PrefixTree
 from pat_hf.kernels import forward
 from pat_hf.kernels.ops import attention
 from pat_hf.kernels.plan import Heads, Machine, Nodes, make_plan
@@ -105,6 +106,33 @@ def irregular(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
     grow(leaves, 0, -1)
     return np.array(parent), np.array(length)
+
+
+def ragpulse(folder: Path, batch: int, count: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Trees of batches of the RAGPulse trace (arXiv 2511.12979), in the order of arrival.
+
+    Args:
+        folder: with `0_trace.jsonl` and the tables of lengths, `1_*.jsonl` to `5_*.jsonl`.
+        batch, count: requests in a batch, and batches, evenly over the trace.
+    """
+    lengths: dict[int, int] = {}
+    for file in sorted(folder.glob("[1-5]_*.jsonl")):
+        for line in file.read_text().splitlines():
+            number, tokens = json.loads(line).values()
+            lengths[number] = tokens
+    parts = ("sys_prompt", "passages_ids", "history", "web_search", "user_input")
+    trace = [json.loads(x)["hash_ids"] for x in (folder / "0_trace.jsonl").read_text().splitlines()]
+    trees = {}
+    for i, first in enumerate(np.linspace(0, len(trace) - batch, count).astype(int)):
+        tree = PrefixTree()
+        for record in trace[first : first + batch]:
+            ids = [number for part in parts for number in record[part]]
+            text = [(number << 12) + np.arange(lengths[number]) for number in ids]
+            tree.insert(np.concatenate(text))
+        order = tree.preorder()
+        length = np.array([node.length for node in order.nodes])
+        trees[f"ragpulse{batch}-{i}"] = (order.parent, length)
+    return trees
 
 
 def nodes_of(parent: np.ndarray, length: np.ndarray, page_size: int, seed: int) -> Nodes:
@@ -184,19 +212,24 @@ class Case:
     """Tensors and plan of one tree and one head configuration."""
 
     def __init__(
-        self, name: str, heads: str, page_size: int, machine: Machine, shared: bool = True
+        self,
+        name: str,
+        tree: tuple[np.ndarray, np.ndarray],
+        heads: str,
+        page_size: int,
+        machine: Machine,
+        shared: bool = True,
     ):
         self.name, self.heads_name = name, heads
-        seed = int(name[4:]) if name.startswith("seed") else 0
-        parent, length = irregular(seed) if name.startswith("seed") else regular(name)
+        parent, length = tree
         query, kv = map(int, heads.split("/"))
         self.heads = Heads(query, kv, DIM, DIM, 2)
-        self.nodes = nodes_of(parent, length, page_size, seed)
+        self.nodes = nodes_of(parent, length, page_size, 0)
         leaves = np.setdiff1d(np.arange(len(parent)), parent)
-        self.node = np.random.default_rng(seed).permutation(leaves)
+        self.node = np.random.default_rng(0).permutation(leaves)
         self.position = (self.nodes.start + length)[self.node] - 1
-        tree = (self.nodes, self.node) if shared else alone(self.nodes, self.node)
-        self.plan = make_plan(*tree, self.position, self.heads, page_size, machine)
+        paths = (self.nodes, self.node) if shared else alone(self.nodes, self.node)
+        self.plan = make_plan(*paths, self.position, self.heads, page_size, machine)
         self.plan_tensor = self.plan.tensor("cuda")
         shape = (len(self.nodes.pages) + 1, kv, page_size, DIM)
         self.q = torch.randn(len(leaves), query, 1, DIM, device="cuda", dtype=torch.float16)
@@ -338,17 +371,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tree", action="append", help='"nodes_tokens", or seedN: irregular')
+    parser.add_argument("--tree", action="append", help='"nodes_tokens"')
     parser.add_argument("--heads", action="append", help="query heads/KV heads")
     parser.add_argument("--irregular", type=int, default=0, help="add so many random trees")
+    parser.add_argument("--ragpulse", type=Path, help="add batches of the trace in that folder")
     parser.add_argument("--page-size", type=int, default=64)
     parser.add_argument("--repeat", type=int, default=25)
     parser.add_argument("--sdpa", action="store_true", help="time PyTorch's dense SDPA too")
     parser.add_argument("--without", nargs="+", default=[], choices=IDEAS, help="time that, too")
     parser.add_argument("--out", type=Path, help="a JSON file")
     arguments = parser.parse_args()
-    trees = list(arguments.tree or (() if arguments.irregular else TREES))
-    trees += [f"seed{i}" for i in range(arguments.irregular)]
+    names = arguments.tree or (() if arguments.irregular or arguments.ragpulse else TREES)
+    trees = {name: regular(name) for name in names}
+    trees |= {f"seed{i}": irregular(i) for i in range(arguments.irregular)}
+    if arguments.ragpulse:
+        for batch in (16, 64, 256):
+            trees |= ragpulse(arguments.ragpulse, batch, 3)
     device = torch.device("cuda", torch.cuda.current_device())
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     machine, flush = Machine.of(device), torch.empty(1 << 28, dtype=torch.uint8, device=device)
@@ -360,15 +398,15 @@ def main() -> None:
         peers = {(case["tree"], case["heads"]): case["best_us"] for case in cases}
     rows: list[dict] = []
     for heads in arguments.heads or HEADS:
-        for tree in trees:
-            case = Case(tree, heads, arguments.page_size, machine)
+        for name, tree in trees.items():
+            case = Case(name, tree, heads, arguments.page_size, machine)
             row = measure(case, flush, min(floor, 4.6), arguments.repeat, arguments.sdpa)
-            if (tree, heads) in peers:
-                row["best_us"] = peers[tree, heads]
+            if (name, heads) in peers:
+                row["best_us"] = peers[name, heads]
             del case
             for idea in arguments.without:
                 with left_out(idea, processors) as other:
-                    case = Case(tree, heads, arguments.page_size, other, idea != "packing")
+                    case = Case(name, tree, heads, arguments.page_size, other, idea != "packing")
                     times = row.setdefault("without_us", {})
                     times[idea] = round(graph_us(case, flush, arguments.repeat), 2)
                     del case
