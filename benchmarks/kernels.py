@@ -117,7 +117,7 @@ def ragpulse(folder: Path, batch: int, count: int) -> dict[str, tuple[np.ndarray
     """
     lengths: dict[int, int] = {}
     for file in sorted(folder.glob("[1-5]_*.jsonl")):
-        for line in file.read_text().splitlines():
+        for line in filter(str.strip, file.read_text().splitlines()):
             number, tokens = json.loads(line).values()
             lengths[number] = tokens
     parts = ("sys_prompt", "passages_ids", "history", "web_search", "user_input")
