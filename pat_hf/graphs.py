@@ -179,7 +179,7 @@ class Decoder:
     """
 
     def __init__(self, model: PreTrainedModel, mode: str, steps: int, compile: bool = True):
-        self._state, self._device = _state(model), model.device
+        self._device = model.device
         self.deferred = False
         if mode == "eager":
             self.mode, self.reason = mode, "as asked for"
@@ -194,6 +194,7 @@ class Decoder:
             self.reason = f"up to {steps:,} steps"
         else:
             self.mode, self.reason = mode, "as asked for"
+        self._state = None if self.mode == "eager" else _state(model)
 
     def end_step(self, undone: bool) -> None:
         """Keeps the random numbers as they would be without the step that a late stop undoes."""
