@@ -6,12 +6,14 @@ the same compiled layers is run again where a graph would be replayed.
 
 import gc
 import weakref
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM
+from transformers.generation import utils
 
 import pat_hf
 from pat_hf import graphs
@@ -104,6 +106,70 @@ def test_one_capture_serves_a_call_and_the_next_one(rerun, mode):
             assert torch.equal(ours, theirs)
     assert Rerun.made == 1
     assert rerun.frame_count == 0
+
+
+class Event:
+    """What a GPU would tell; the CPU is always done."""
+
+    def __init__(self, *args, **kwargs):
+        pass
+
+    def record(self):
+        pass
+
+    synchronize = record
+
+
+@pytest.fixture
+def deferred(rerun, monkeypatch):
+    """Stops are seen a step late, as on a GPU."""
+
+    undos = []
+
+    def end_step(self, undone):
+        undos.append(undone)
+        if undone:
+            torch.set_rng_state(self._offset)
+        self._offset = torch.get_rng_state()
+
+    monkeypatch.undo()
+    monkeypatch.setattr(graphs, "_free", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(graphs, "Graph", Rerun)
+    monkeypatch.setattr(graphs, "_obstacle", lambda model: None)
+    monkeypatch.setattr(graphs.Decoder, "end_step", end_step)
+    monkeypatch.setattr(torch, "Event", Event)
+    return undos
+
+
+@pytest.mark.skipif(not hasattr(utils, "DeferredStopCheck"), reason="from Transformers 5.17 on")
+@pytest.mark.parametrize("mode", [{}, {"do_sample": True, "top_k": 2}, {"max_new_tokens": 9}])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_stop_that_is_seen_late_leaves_no_trace(deferred, mode, streamed):
+    stock, pat = pair("Llama")
+    inputs = {name: x[:1] for name, x in prompts(0).items()} if streamed else prompts(0)
+    length = inputs["input_ids"].shape[1]
+    # Each request has a token to stop at, some early and some late.
+    plain = generate(stock, inputs, do_sample=False)[:, length:]
+    stops = [int(row[3 + 5 * i]) for i, row in enumerate(plain)]
+    mode = mode | {"eos_token_id": stops, "pad_token_id": 1}
+    outs, streams, randoms = [], [], []
+    cache = pat_hf.PATCache(pat, page_size=16, decode="captured")
+    for model, given in ((stock, None), (pat, cache)):
+        seen = []
+        streamer = Mock(put=lambda ids, seen=seen: seen.extend(ids.flatten().tolist()))
+        kwargs = {"streamer": streamer} if streamed else {}
+        outs.append(generate(model, inputs, given, **mode, **kwargs))
+        streams.append(seen)
+        randoms.append(torch.rand(1).item())
+    assert torch.equal(*outs) and streams[0] == streams[1] and randoms[0] == randoms[1]
+    early = outs[0].shape[1] < length + mode.get("max_new_tokens", 40)
+    assert deferred[:2] == [False] * 2 and deferred.count(True) == early
+    assert cache.get_seq_length() == outs[0].shape[1] - 1
+    # What comes after it is right, too.
+    more = {"input_ids": torch.cat([outs[0], outs[0][:, :3]], 1)}
+    more["attention_mask"] = torch.ones_like(more["input_ids"])
+    more["attention_mask"][:, :length] = inputs["attention_mask"]
+    assert torch.equal(generate(pat, more, cache), generate(stock, more))
 
 
 def test_another_page_size_takes_no_layers_over(rerun):
