@@ -28,7 +28,7 @@ def attention(
         k_pages: [pages, KV heads, page size, key dim], in q's dtype.
         v_pages: [pages, KV heads, page size, value dim], in q's dtype.
         plan_tensor: int32 [1, 1, C, W], from `Plan.tensor`.
-        scale: factor of the scores.
+        scale: factor of the scores, positive.
         window: a row sees the last `window` positions, its own included; `None`: all.
         softcap: scores become softcap * tanh(score / softcap).
         sinks: [query heads], a score each that takes part in the softmax's sum only.
@@ -37,7 +37,7 @@ def attention(
         [B, T, query heads, value dim], contiguous, in q's dtype; zeros for rows that see nothing.
 
     Raises:
-        ValueError: if shapes or dtypes don't go together.
+        ValueError: if shapes or dtypes don't go together, or `scale` is not positive.
 
     Example:
         >>> import numpy as np, torch
@@ -66,6 +66,8 @@ def attention(
         torch.Size([2, 1, 8, 64])
     """
     _check(q, k_pages, v_pages, plan_tensor, sinks)
+    if scale <= 0:
+        raise ValueError(f"scale={scale}: it must be positive. Negate q for a negative one.")
     return _attention(q, k_pages, v_pages, plan_tensor, sinks, scale, window, softcap)
 
 

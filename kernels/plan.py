@@ -211,8 +211,10 @@ class Plan:
             int32 [1, 1, C, W].
 
         Raises:
-            ValueError: if the plan doesn't fit `capacity`.
+            ValueError: if the plan doesn't fit `capacity`, or was made for another machine than the
+                GPU it is sent to.
         """
+        self._check_machine(torch.device(device))
         height, width = capacity or self.shape
         if width < self._width or (height - 2) * width < self._size:
             raise ValueError(
@@ -233,6 +235,17 @@ class Plan:
             flat[offset : offset + table.size] = table.ravel()
             offset += _aligned(table.size)
         return torch.from_numpy(flat.reshape(1, 1, height, width)).to(device)
+
+    def _check_machine(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            return  # cpu.py runs any plan
+        made = [tuple(shape) for shape in self.tables.shapes[:, :2].tolist()]
+        runs = [(shape.rows, shape.tokens) for shape in Machine.of(device).shapes]
+        if made != runs:
+            raise ValueError(
+                f"This plan has blocks of (rows, tokens) {made}, and the kernels on {device} run "
+                f"{runs}. Make it for that machine: make_plan(.., machine=Machine.of(device))."
+            )
 
     @staticmethod
     def read(tensor: torch.Tensor) -> Tables:

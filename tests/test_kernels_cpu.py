@@ -245,6 +245,7 @@ def test_the_example_runs():
             {"k_pages": torch.zeros(5, 2, 32, 8), "v_pages": torch.zeros(5, 2, 32, 8)},
             "pages of 16 tokens; .* the pool pages of 32",
         ),
+        ({"scale": -1.0}, r"scale=-1.0: it must be positive"),
         ({"sinks": torch.zeros(2)}, r"sinks \[2\]: one for each of 4 query heads"),
         ({"q": torch.zeros(2, 4, 1, 8, device="meta")}, "on cpu, meta; move them to one"),
     ],

@@ -279,3 +279,13 @@ def test_refuses_contradictions(change, message):
     make_plan(**arguments)
     with pytest.raises(ValueError, match=message):
         make_plan(**{**arguments, **change})
+
+
+def test_a_plan_for_another_machine_is_not_sent_to_a_gpu(monkeypatch):
+    nodes = nodes_of([0], [40], 16)
+    heads = Heads(4, 2, 16, 16, 4)
+    plan = make_plan(nodes, np.array([0]), np.array([39]), heads, 16, Machine.cpu())
+    monkeypatch.setattr(Machine, "of", staticmethod(lambda device: Machine.gpu(132)))
+    with pytest.raises(ValueError, match="Machine.of"):
+        plan.tensor("cuda")
+    assert plan.tensor("cpu").device.type == "cpu"
