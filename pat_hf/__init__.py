@@ -16,7 +16,7 @@ from pat_hf.cache.page_pool import PoolExhausted  # noqa: E402
 from pat_hf.cache.pat_cache import PATCache  # noqa: E402
 from pat_hf.cache.report import Report  # noqa: E402
 from pat_hf.enable import disable, enable, enabled  # noqa: E402
-from pat_hf.prefill import install  # noqa: E402
+from pat_hf.hooks import install  # noqa: E402
 from pat_hf.score import Scores, loglikelihoods  # noqa: E402
 
 __version__ = "0.1.0"

@@ -1,0 +1,237 @@
+"""Where `generate()` is taken over for a PATCache; other caches go the stock way."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation import utils
+from transformers.utils import logging
+
+from pat_hf import adapters
+from pat_hf.cache.pat_cache import PATCache
+from pat_hf.prefill import prefill
+
+logger = logging.get_logger(__name__)
+
+_served: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+# What `_prefill` may be given beside the prompts without it mattering to a packed forward.
+_PLAIN = {
+    "attention_mask",
+    "inputs_embeds",
+    "logits_to_keep",
+    "past_key_values",
+    "position_ids",
+    "use_cache",
+}
+
+
+def install() -> None:
+    """Lets `generate()` prefill a PATCache through `prefill`; other caches go the stock way.
+
+    Raises:
+        ImportError: if this version of Transformers has no such steps to take over.
+    """
+    stock, assisted = (
+        getattr(GenerationMixin, name, None) for name in ("_prefill", "_assisted_decoding")
+    )
+    expected = ["self", "input_ids", "generation_config", "model_kwargs", "is_first_iteration"]
+    if stock is None or assisted is None or list(inspect.signature(stock).parameters) != expected:
+        import transformers
+
+        raise ImportError(
+            f"pat_hf can't hook into generate() of transformers {transformers.__version__}; "
+            "pip install 'transformers>=5.16,<5.24'."
+        )
+    if getattr(stock, "_pat_hf", False):
+        return
+
+    @functools.wraps(stock)
+    def _prefill(
+        self: PreTrainedModel,
+        input_ids: torch.Tensor,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        is_first_iteration: bool = True,
+    ) -> Any:
+        cache = model_kwargs.get("past_key_values")
+        if not isinstance(cache, PATCache):
+            return stock(self, input_ids, generation_config, model_kwargs, is_first_iteration)
+        cache.check(self)
+        steps = max(0, generation_config.max_length - input_ids.shape[1] - 1)
+        compile = not generation_config.disable_compile
+        cache.arm(self, steps, compile, _stops(generation_config))
+        mask, embeds, positions = (
+            model_kwargs.get(x) for x in ("attention_mask", "inputs_embeds", "position_ids")
+        )
+        reason = _unshareable(input_ids, model_kwargs)
+        if reason is None and adapters.positional(cache.tuned):
+            reason = "an adapter begins inside the prompts (aLoRA)"
+        if embeds is None and not _whole(input_ids, mask, generation_config):
+            # For the requests that are stored: there is nothing to look for.
+            return stock(self, input_ids, generation_config, model_kwargs, is_first_iteration)
+        if reason is not None:
+            if cache.get_seq_length() and positions is not None and positions.ndim == 3:
+                raise ValueError(
+                    f"{type(self).__name__} numbers tokens by the images before them, and "
+                    "generate() has numbered these as if they came behind what this PATCache "
+                    "holds. Call clear() on the cache first, or make a new one."
+                )
+            cache.clear()  # the prompts come whole, and what they share is not looked for
+            # Whatever may make equal tokens differ, nothing is shared with these.
+            cache.fallback, cache.opaque = reason, True
+            logger.warning_once(f"pat_hf computes each prompt on its own: {reason}.")
+            return stock(self, input_ids, generation_config, model_kwargs, is_first_iteration)
+        return prefill(
+            self,
+            cache,
+            input_ids,
+            mask,
+            generation_config.prefill_chunk_size,
+            steps,
+            embeds if is_first_iteration else None,
+        )
+
+    @functools.wraps(assisted)
+    def _assisted_decoding(
+        self: PreTrainedModel, input_ids: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, PATCache):
+            cache.check(self)
+            if not _whole(input_ids, kwargs.get("attention_mask"), kwargs["generation_config"]):
+                raise ValueError(
+                    "Assisted decoding and prompt lookup look at the whole prompt, and were given "
+                    "only what is new in it. Pass all of its tokens."
+                )
+            cache.clear()  # there is no prefill: the first step is fed the whole prompt
+        return assisted(self, input_ids, *args, **kwargs)
+
+    generate = GenerationMixin.generate
+
+    @functools.wraps(generate)
+    def served(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, PATCache):
+            return generate(self, *args, **kwargs)
+        try:
+            with serving(self):
+                return generate(self, *args, **kwargs)
+        finally:
+            cache.disarm()
+
+    _prefill._pat_hf = True
+    GenerationMixin._prefill = _prefill
+    GenerationMixin._assisted_decoding = _assisted_decoding
+    GenerationMixin.generate = served
+    if check := getattr(utils, "DeferredStopCheck", None):  # from 5.17 on
+        supported = check.is_supported
+
+        @functools.wraps(supported)
+        def is_supported(device: torch.device, cache: Any, *args: Any, **kwargs: Any) -> bool:
+            # Replays are queued ahead of the device, and a PATCache can take a step back.
+            ours = isinstance(cache, PATCache) and cache.defer_stops()
+            return ours or supported(device, cache, *args, **kwargs)
+
+        check.is_supported = staticmethod(is_supported)
+
+
+def _stops(config: GenerationConfig) -> Sequence[int]:
+    """Ids after which `generate()` makes nothing more of a request, unless its scores are kept."""
+    stop = config._eos_token_tensor
+    plain = config.num_beams == 1 and not (config.output_scores or config.output_logits)
+    return stop.tolist() if plain and stop is not None else ()
+
+
+@contextmanager
+def serving(model: PreTrainedModel) -> Iterator[None]:
+    """For its length, forwards of `model` on a PATCache go through the cache's `run`.
+
+    Blocks may overlap, in several threads; the model is as before when the last one ends.
+    """
+    with _lock:
+        if not _served.get(model):
+            forward = model.forward
+
+            @functools.wraps(forward)
+            def switch(*args: Any, **kwargs: Any) -> Any:
+                cache = kwargs.get("past_key_values")
+                if isinstance(cache, PATCache):
+                    return cache.run(forward, args, kwargs)
+                return forward(*args, **kwargs)
+
+            # Accelerate, for one, may have given the model a forward of its own.
+            switch.own = vars(model).get("forward")
+            model.forward = switch
+        _served[model] = _served.get(model, 0) + 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _served[model] -= 1
+            if not _served[model]:
+                own = model.forward.own
+                del model.forward
+                if own is not None:
+                    model.forward = own
+
+
+def _unshareable(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> str | None:
+    """Why these prompts can't be packed by their token ids, if so."""
+    if model_kwargs.get("use_cache") is False:
+        raise ValueError(
+            "use_cache=False with a PATCache: the cache would not be used. Leave one of them out."
+        )
+    if model_kwargs.get("output_attentions"):
+        raise ValueError(
+            '"pat" never holds the attention weights. Load the model with '
+            'attn_implementation="eager" for output_attentions=True.'
+        )
+    if model_kwargs.get("output_hidden_states"):
+        return "output_hidden_states asks for the states of all prompt tokens"
+    others = [
+        name for name, x in model_kwargs.items() if name not in _PLAIN and not _says_nothing(x)
+    ]
+    if others == ["mm_token_type_ids"] and not model_kwargs["mm_token_type_ids"].any():
+        others = []  # text alone, as a processor says it
+    if others:
+        return f"{', '.join(others)} may make equal tokens differ"
+    given, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+    if given is not None:
+        if mask is None:
+            usual = torch.arange(given.shape[-1], device=given.device).expand(given.shape[-2:])
+            real = torch.ones_like(usual, dtype=torch.bool)
+        else:
+            usual, real = mask.long().cumsum(-1) - 1, mask.bool()
+        # Some models number tokens several times over: in text, in time, in height, in width.
+        if given.shape[-2:] != usual.shape or not (given == usual)[..., real].all():
+            return "position_ids are not the tokens' numbers"
+    return None
+
+
+def _says_nothing(x: Any) -> bool:
+    """Whether an argument of the forward can't be about single tokens: a switch, or empty."""
+    if x is None or isinstance(x, (bool, int, float, str)):
+        return True
+    return isinstance(x, (dict, list, tuple)) and not x
+
+
+def _whole(
+    input_ids: torch.Tensor, mask: torch.Tensor | None, generation_config: GenerationConfig
+) -> bool:
+    """Whether the prompts come whole, and not only what is new in them."""
+    if mask is not None:
+        length = mask.shape[1]
+    else:
+        # Later versions of Transformers drop a mask of ones, and note how long it was.
+        length = getattr(generation_config, "_mask_length", None) or 0
+    return not length > input_ids.shape[1] > 0
