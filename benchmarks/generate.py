@@ -260,10 +260,10 @@ def floor_ms(model: PreTrainedModel, prompts: torch.Tensor) -> float:
 
 def table(rows: list[dict]) -> str:
     """The rows for people, with the ratio to the workload's first stock mode."""
-    lines = [f"{'workload':12}{'mode':14}{'batch':>6}{'TTFT s':>10}{'TPOT ms':>10}{'tokens/s':>10}"]
+    lines = [f"{'workload':14}{'mode':14}{'batch':>6}{'TTFT s':>10}{'TPOT ms':>10}{'tokens/s':>10}"]
     for row in rows:
         lines.append(
-            f"{row['workload']:12}{row['mode']:14}{row['batch']:6}{row['ttft_s']:10.3f}"
+            f"{row['workload']:14}{row['mode']:14}{row['batch']:6}{row['ttft_s']:10.3f}"
             f"{row['tpot_ms']:10.2f}{row['decode_tokens_s']:10.1f}"
         )
         alike = [r for r in rows if r["workload"] == row["workload"]]
@@ -272,7 +272,7 @@ def table(rows: list[dict]) -> str:
             for ours in (r for r in alike if r not in stock):
                 prefill, decode = (stock[0][key] / ours[key] for key in ("ttft_s", "tpot_ms"))
                 lines.append(
-                    f"{'':12}{ours['mode']} is {prefill:.2f}x in prefill and {decode:.2f}x in "
+                    f"{'':14}{ours['mode']} is {prefill:.2f}x in prefill and {decode:.2f}x in "
                     f"decode to {stock[0]['mode']}"
                 )
     return "\n".join(lines)
