@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 
 
@@ -113,12 +112,10 @@ class _Span:
         self._grow(pages * sum(sizes) * dtype.itemsize)
         parts, begin = [], self._address
         for shape, size in zip(shapes, sizes, strict=True):
-            inner = np.empty(shape, f"i{dtype.itemsize}")
+            inner = [math.prod(shape[i + 1 :]) * dtype.itemsize for i in range(len(shape))]
             # The parts of a page are tensors of their own to PyTorch: it must not take what is
             # written to one for a change of the other.
-            part = _Part(
-                self, begin, (pages, *shape), (sum(sizes) * dtype.itemsize, *inner.strides)
-            )
+            part = _Part(self, begin, (pages, *shape), (sum(sizes) * dtype.itemsize, *inner))
             parts.append(torch.as_tensor(part, device=self.device).view(dtype))
             begin += size * dtype.itemsize
         return parts

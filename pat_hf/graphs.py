@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,14 @@ class Pages(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # positions are given
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args):
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.layers[layer_idx].update(key_states, value_states)
 
 
@@ -69,7 +76,7 @@ class LayerPages:
         self.tensors = tensors
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values, pages, slots = self.tensors
         store(keys, values, key_states.to(keys.dtype), value_states.to(values.dtype), pages, slots)
@@ -97,6 +104,7 @@ class Workspace:
 
 _free: weakref.WeakKeyDictionary[PreTrainedModel, list[Workspace]] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
+_compiling = threading.RLock()
 
 
 def lease(model: PreTrainedModel, holder: object) -> Workspace:
@@ -300,27 +308,33 @@ def _state(model: PreTrainedModel) -> Hashable:
 
 @contextmanager
 def _compiled_layers(model: PreTrainedModel, held: Pages, plan: torch.Tensor) -> Iterator[None]:
-    """For its length, the decoder layers of `model` run compiled, each on its own pages."""
+    """For its length, the decoder layers of `model` run compiled on `held`, each on its own pages.
+
+    Other threads' forwards go by the layers as they are; those that are to be compiled wait.
+    """
     layers = [
         module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
     ]
-    if not layers or any("forward" in vars(layer) for layer in layers):
-        raise TypeError("its decoder layers can't be told or have forwards of their own")
-    _mark_dynamic(plan, 2, 3)
-    for layer in layers:
-        number = next(x.layer_idx for x in layer.modules() if hasattr(x, "layer_idx"))
-        layer.forward = functools.partial(_run_layer, layer, held, held.layers[number])
     # Every batch and kind of layer counts as a recompilation; equal sizes are a coincidence.
     limits = torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024)
-    try:
-        with limits, torch.fx.experimental._config.patch(use_duck_shape=False):
-            yield
-    finally:
-        for layer in layers:
-            del layer.forward
+    with _compiling:
+        if not layers or any("forward" in vars(layer) for layer in layers):
+            raise TypeError("its decoder layers can't be told or have forwards of their own")
+        _mark_dynamic(plan, 2, 3)
+        try:
+            for layer in layers:
+                number = next(x.layer_idx for x in layer.modules() if hasattr(x, "layer_idx"))
+                layer.forward = functools.partial(_run_layer, layer, held, held.layers[number])
+            with limits, torch.fx.experimental._config.patch(use_duck_shape=False):
+                yield
+        finally:
+            for layer in layers:
+                vars(layer).pop("forward", None)
 
 
 def _run_layer(layer: nn.Module, whole: Pages, own: LayerPages, *args: Any, **kwargs: Any) -> Any:
+    if not any(x is whole for x in (*args, *kwargs.values())):
+        return _layer_forward(layer, args, kwargs)
     args = [own if x is whole else x for x in args]
     kwargs = {name: own if x is whole else x for name, x in kwargs.items()}
     keys, values, *targets = own.tensors
@@ -331,13 +345,17 @@ def _run_layer(layer: nn.Module, whole: Pages, own: LayerPages, *args: Any, **kw
         for x in tree_leaves((args, kwargs)):
             if torch.is_tensor(x) and x.shape[:2] == args[0].shape[:2]:
                 _mark_dynamic(x, 1)
-    return _compiled_layer(layer, args, kwargs)
+    return _compiled_layer()(layer, args, kwargs)
 
 
 def _mark_dynamic(tensor: torch.Tensor, *dims: int) -> None:
     torch._dynamo.maybe_mark_dynamic(tensor, list(dims))
 
 
-@functools.partial(torch.compile, fullgraph=True, dynamic=False)
-def _compiled_layer(layer: nn.Module, args: list[Any], kwargs: dict[str, Any]) -> Any:
+def _layer_forward(layer: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     return type(layer).forward(layer, *args, **kwargs)
+
+
+@functools.cache
+def _compiled_layer() -> Callable[..., Any]:
+    return torch.compile(_layer_forward, fullgraph=True, dynamic=False)

@@ -36,7 +36,7 @@ _PLAIN = {
 
 
 def install() -> None:
-    """Lets `generate()` prefill a PATCache through `prefill`; other caches go the stock way.
+    """Lets `generate()` prefill a PATCache through `prefill` and run its steps through the cache.
 
     Raises:
         ImportError: if this version of Transformers has no such steps to take over.

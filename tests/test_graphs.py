@@ -56,13 +56,13 @@ class Rerun(graphs.Graph):
 def rerun(monkeypatch):
     """Steps are run as on a GPU, with graphs that are run again; layers compile to themselves."""
     counter = CompileCounter()
-    whole = graphs._compiled_layer._torchdynamo_orig_callable
+    whole = graphs._layer_forward
     compiled = torch.compile(whole, backend=counter, fullgraph=True, dynamic=False)
     torch._dynamo.reset()
     monkeypatch.setattr(graphs, "_free", weakref.WeakKeyDictionary())
     monkeypatch.setattr(graphs, "Graph", Rerun)
     monkeypatch.setattr(graphs, "_obstacle", lambda model: None)
-    monkeypatch.setattr(graphs, "_compiled_layer", compiled)
+    monkeypatch.setattr(graphs, "_compiled_layer", lambda: compiled)
     monkeypatch.setattr(pat_cache.PATCache, "defer_stops", lambda self: False)
     monkeypatch.setattr(Rerun, "made", 0)
     return counter
@@ -179,6 +179,21 @@ def test_another_page_size_takes_no_layers_over(rerun):
         assert torch.equal(generate(pat, prompts(0), cache), generate(stock, prompts(0)))
         assert cache.decoding.startswith("compiled")
         del cache
+
+
+def test_other_forwards_go_by_the_layers_as_they_are(rerun):
+    _, pat = pair.__wrapped__("Llama")
+    cache = pat_hf.PATCache(pat, decode="eager")
+    generate(pat, prompts(0), cache, max_new_tokens=2)
+    ids = prompts(1)["input_ids"]
+    with torch.no_grad():
+        alone = pat(ids).logits
+        step = cache.step
+        held = graphs.Pages(cache.pool.layers, step)
+        with graphs._compiled_layers(pat, held, step.tensor):
+            beside = pat(ids).logits
+    assert torch.equal(alone, beside) and rerun.frame_count == 0
+    assert all("forward" not in vars(layer) for layer in pat.model.layers)
 
 
 def test_what_does_not_compile_is_captured(rerun):
