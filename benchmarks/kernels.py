@@ -194,10 +194,10 @@ def left_out(idea: str | None, processors: int) -> Iterator[Machine]:
     machine, shipped = Machine.gpu(processors), forward.tiles(2, DIM, 9)
     with ExitStack() as stack:
         if idea == "tiles":
-            machine = Machine(machine.shapes[-1:], machine.min_split)
+            machine = Machine(machine.shapes[-1:])
             shipped = shipped[-1:]
         if idea == "splitting":
-            machine = Machine(machine.shapes, 1 << 30)
+            machine = Machine(tuple(shape._replace(least=1 << 30) for shape in machine.shapes))
         if idea == "overlap":
             before_hopper = (processors, 8)  # which has no dependent launches
             stack.enter_context(mock.patch.object(forward, "_machine", lambda _: before_hopper))

@@ -110,7 +110,9 @@ def _tile(p, where, o_n, o_d, sp, st, P: tl.constexpr):
 
 @triton.jit
 def _finish(
-    p_step,
+    row,
+    slot,
+    rows,
     p_rows,
     o_r,
     o_v,
@@ -127,18 +129,17 @@ def _finish(
     V: tl.constexpr,
     USE_SINKS: tl.constexpr,
 ):
-    """Stores a block's partials, or its output."""
-    slot = tl.load(p_step + 5)
+    """Stores a block's partials from `slot` on; if that is -1, its rows' output."""
+    m_r = o_r < rows // 4 * G
     m_v = (o_v < V)[None, :]
     if slot >= 0:
-        m_r = o_r < tl.load(p_step + 6) // 4 * G
         o_p = (slot + o_r // G).to(tl.int64) * (H * G) + i_hq
         b_scale = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
         tl.store(lse + o_p, b_max + tl.log2(b_sum), mask=m_r)
         p_partial = partial + o_p[:, None] * V + o_v[None, :]
         tl.store(p_partial, b_out * b_scale[:, None], mask=m_r[:, None] & m_v)
     else:
-        i_r, m_r = _rows(p_rows, p_step, o_r, G)
+        i_r = tl.load(p_rows + row + o_r // G, mask=m_r, other=0)
         if USE_SINKS:
             b_sink = tl.load(sinks + i_hq, mask=m_r, other=0.0).to(tl.float32)
             b_sink = b_sink * 1.4426950408889634
@@ -244,7 +245,7 @@ def forward_kernel(
 
         b_q = tl.zeros([BM, BK], q.dtype.element_ty)
         b_max = tl.full([BM], float("-inf"), tl.float32)
-        b_sum = tl.zeros([BM], tl.float32)
+        b_sum = tl.zeros([BM, BN] if STREAM_Q else [BM], tl.float32)
         b_out = tl.zeros([BM, BV], tl.float32)
         for i in range(begin, end):
             p_step = p_steps + (i // PIECES) * STEP
@@ -253,6 +254,9 @@ def forward_kernel(
             # Whether a block begins; and how many keys all its rows see.
             starts = tl.load(p_step + 6) % 2 > i_piece
             common = tl.load(p_step + 3) + advance - i_piece * BN
+            # Of the step before, whose block may have ended.
+            p_old = p_step - STEP
+            old_row, old_slot, old_rows = tl.load(p_old + 4), tl.load(p_old + 5), tl.load(p_old + 6)
             # [BN, BK], [BN, BV]
             m_k = o_n < keys
             if USE_WINDOW:
@@ -298,16 +302,21 @@ def forward_kernel(
             # first, which waits for it, nothing may touch b_out.
             if starts & (i > begin):
                 _finish(
-                    p_step - STEP, p_rows, o_r, o_v, i_hq,
-                    b_max, b_sum, b_out, out, partial, lse, sinks, H, G, V, USE_SINKS,
+                    old_row, old_slot, old_rows, p_rows, o_r, o_v, i_hq, b_max,
+                    tl.sum(b_sum, 1) if STREAM_Q else b_sum,
+                    b_out, out, partial, lse, sinks, H, G, V, USE_SINKS,
                 )  # fmt: skip
                 b_max = tl.full([BM], float("-inf"), tl.float32)
-                b_sum = tl.zeros([BM], tl.float32)
+                b_sum = tl.zeros_like(b_sum)
                 b_out = tl.zeros([BM, BV], tl.float32)
             ragged = keys > common
             if USE_WINDOW:
                 ragged = ragged | (tl.load(p_step + 2) + advance > window + i_piece * BN)
-            if ragged | (keys < BN):
+            if STREAM_Q:
+                b_s = tl.where((o_n < keys)[None, :], b_s, float("-inf"))
+            else:
+                ragged = ragged | (keys < BN)
+            if ragged:
                 i_p, _ = _rows(p_rows, p_step, o_r, G)
                 o_p = tl.load(plan + W + i_p) - tl.load(p_step) - i_piece * BN
                 m_s = (o_n < keys)[None, :] & (o_n[None, :] <= o_p[:, None])
@@ -318,7 +327,11 @@ def forward_kernel(
             b_ref = tl.where(b_new == float("-inf"), 0.0, b_new)
             b_p = tl.exp2(b_s * c_scale - b_ref[:, None])
             b_old = tl.exp2(b_max - b_ref)
-            b_sum = b_sum * b_old + tl.sum(b_p, 1)
+            # Rows of few queries lie across warps, which would have to meet for every step's sums.
+            if STREAM_Q:
+                b_sum = b_sum * b_old[:, None] + b_p
+            else:
+                b_sum = b_sum * b_old + tl.sum(b_p, 1)
             b_out = b_out * b_old[:, None]
             if IS_FLOAT32:
                 b_out = tl.dot(b_p, b_v, b_out, input_precision="ieee")
@@ -326,9 +339,12 @@ def forward_kernel(
                 b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out)
             b_max = b_new
 
+        p_old = p_steps + (end // PIECES - 1) * STEP
+        old_row, old_slot, old_rows = tl.load(p_old + 4), tl.load(p_old + 5), tl.load(p_old + 6)
         _finish(
-            p_steps + (end // PIECES - 1) * STEP, p_rows, o_r, o_v, i_hq,
-            b_max, b_sum, b_out, out, partial, lse, sinks, H, G, V, USE_SINKS,
+            old_row, old_slot, old_rows, p_rows, o_r, o_v, i_hq, b_max,
+            tl.sum(b_sum, 1) if STREAM_Q else b_sum,
+            b_out, out, partial, lse, sinks, H, G, V, USE_SINKS,
         )  # fmt: skip
     # Whoever waits for this kernel has waited for the one before, too. One program is enough, and
     # the others make room for the next kernel's.

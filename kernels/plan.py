@@ -73,11 +73,13 @@ class Shape(NamedTuple):
         rows: the most query rows of a block (m), a power of two. A query token takes `group` rows.
         tokens: KV tile (n), a power of two from 16; 0: a page.
         programs: of all KV heads together, that run side by side.
+        least: tokens below which a run of KV is not cut in two.
     """
 
     rows: int
     tokens: int
     programs: int
+    least: int
 
 
 @dataclass(frozen=True)
@@ -86,27 +88,24 @@ class Machine:
 
     Attributes:
         shapes: ascending by rows. A group wider than the last is a block of that shape.
-        min_split: tokens below which a run of KV is not cut in two.
     """
 
     shapes: tuple[Shape, ...]
-    min_split: int
 
     @staticmethod
     def cpu() -> Machine:
         """cpu.py gathers by page and pads no more than it must, so tiles are pages."""
-        return Machine(tuple(Shape(1 << i, 0, 1 << 30) for i in range(11)), min_split=8192)
+        return Machine(tuple(Shape(1 << i, 0, 1 << 30, 8192) for i in range(11)))
 
     @staticmethod
     def gpu(processors: int) -> Machine:
         """As many programs as `forward.tiles` has resident on `processors` multiprocessors."""
         return Machine(
             (
-                Shape(16, 32, 4 * processors),
-                Shape(64, 64, 2 * processors),
-                Shape(128, 128, processors),
-            ),
-            min_split=256,
+                Shape(16, 32, 4 * processors, 128),
+                Shape(64, 64, 2 * processors, 256),
+                Shape(128, 128, processors, 256),
+            )
         )
 
     @staticmethod
@@ -527,7 +526,7 @@ def _tables(
     for shape, n, a, b in zip(machine.shapes, sizes.tolist(), bounds, bounds[1:], strict=False):
         if a < b:
             programs = max(shape.programs // heads.kv, 1)
-            cut[tile_ptr[a] + _cuts(lengths[a:b], programs, machine.min_split // n)] = True
+            cut[tile_ptr[a] + _cuts(lengths[a:b], programs, shape.least // n)] = True
     lanes = np.flatnonzero(cut[:-1])
     cut[tile_ptr] = True
     begin = np.flatnonzero(cut[:-1])

@@ -15,8 +15,8 @@ HEADS = Heads(query=8, kv=2, key_dim=128, value_dim=128, itemsize=2)
 MACHINES = [
     Machine.cpu(),
     Machine.gpu(132),
-    Machine((Shape(1, 64, 1 << 30), Shape(16, 32, 1 << 30)), min_split=64),
-    Machine((Shape(16, 0, 8), Shape(64, 16, 8)), min_split=16),
+    Machine((Shape(1, 64, 1 << 30, 64), Shape(16, 32, 1 << 30, 64))),
+    Machine((Shape(16, 0, 8, 16), Shape(64, 16, 8, 16))),
 ]
 
 
@@ -168,7 +168,7 @@ def test_threshold_counts_bytes():
 def test_children_that_fill_query_tiles_merge():
     # Tiles of 16: the 128 queries of one child fill 8, the 100 of the other need 7 and leave 7
     # for the prefix with the one that ends there.
-    machine = Machine((Shape(16, 16, 1 << 30), Shape(64, 16, 1 << 30)), min_split=1 << 20)
+    machine = Machine((Shape(16, 16, 1 << 30, 1 << 20), Shape(64, 16, 1 << 30, 1 << 20)))
     nodes = nodes_of([0, 1, 1], [2000, 200, 200])
     plan = plan_of(nodes, np.repeat([0, 1, 2], [1, 128, 100]), machine=machine)
     assert plan.kv_tokens == 8 * 2200 + 7 * 200 + 7 * 2000
@@ -192,7 +192,7 @@ def test_deep_trees_stay_small():
 
 
 def test_a_long_run_is_split_evenly_among_the_lanes():
-    machine = Machine((Shape(16, 64, 2 * 20),), min_split=128)
+    machine = Machine((Shape(16, 64, 2 * 20, 128),))
     for length, longest in ((100, 6), (40, 3), (20, 2), (3, 3)):
         plan = plan_of(nodes_of([0, 1, 1], [64 * length, 64, 64]), [1, 2], machine=machine)
         tables = plan.tables
@@ -202,7 +202,7 @@ def test_a_long_run_is_split_evenly_among_the_lanes():
 
 
 def test_lanes_of_short_blocks_are_even():
-    machine = Machine((Shape(16, 64, 2 * 20),), min_split=128)
+    machine = Machine((Shape(16, 64, 2 * 20, 128),))
     for leaves in (7, 20, 190):
         nodes = nodes_of([0] * leaves, [40] * leaves)
         tables = plan_of(nodes, range(leaves), machine=machine).tables
@@ -212,7 +212,7 @@ def test_lanes_of_short_blocks_are_even():
 
 def test_prefill_reads_no_further_than_its_rows():
     nodes = nodes_of([0, 1], [1024, 4096])
-    machine = Machine((Shape(128, 32, 1 << 30),), min_split=1 << 20)
+    machine = Machine((Shape(128, 32, 1 << 30, 1 << 20),))
     position = np.arange(1024 + 512, 1024 + 1024)
     plan = plan_of(nodes, [1] * 512, position, machine=machine, ahead=0)
     # Tiles of 32 query tokens, each up to its own last key.
