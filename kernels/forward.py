@@ -74,16 +74,17 @@ def _seen(p_step, advance):
 
 @triton.jit
 def _rows(p_rows, p_step, o_r, G: tl.constexpr):
-    """A block's query rows, [BM], and which there are; row 0 stands for the others."""
+    """A block's query rows, [BM]; -1 if there are fewer."""
     m_r = o_r < tl.load(p_step + 6) // 4 * G
-    return tl.load(p_rows + tl.load(p_step + 4) + o_r // G, mask=m_r, other=0), m_r
+    return tl.load(p_rows + tl.load(p_step + 4) + o_r // G, mask=m_r, other=-1)
 
 
 @triton.jit
 def _load_queries(q, i_r, o_k, i_hq, sq_r, sq_h, K: tl.constexpr):
     """Queries of the rows i_r and heads i_hq, [BM, BK]."""
     p_q = q + (i_r.to(tl.int64) * sq_r + i_hq * sq_h)
-    return tl.load(p_q[:, None] + o_k[None, :], mask=(o_k < K)[None, :], other=0.0)
+    m_q = (i_r >= 0)[:, None] & (o_k < K)[None, :]
+    return tl.load(p_q[:, None] + o_k[None, :], mask=m_q, other=0.0)
 
 
 @triton.jit
@@ -239,7 +240,7 @@ def forward_kernel(
         p_step = p_steps + (begin // PIECES) * STEP
         seen = _seen(p_step, advance)
         where = _chunks(p_step, 0, o_n, seen, BN, CHUNK)
-        i_r, _ = _rows(p_rows, p_step, o_r, G)
+        i_r = _rows(p_rows, p_step, o_r, G)
         p_step = p_steps + (tl.minimum(begin + 1, end - 1) // PIECES) * STEP
         row, rows = tl.load(p_step + 4), tl.load(p_step + 6)
 
@@ -276,11 +277,11 @@ def forward_kernel(
                 b_q = _load_queries(q, i_r, o_k, i_hq, sq_r, sq_h, K)
             else:
                 if starts:
-                    i_q, _ = _rows(p_rows, p_step, o_r, G)
+                    i_q = _rows(p_rows, p_step, o_r, G)
                     b_q = _load_queries(q, i_q, o_k, i_hq, sq_r, sq_h, K)
 
             # What a step needs is read a step ahead, the places of the rows' numbers two.
-            i_r = tl.load(p_rows + row + o_r // G, mask=o_r < rows // 4 * G, other=0)
+            i_r = tl.load(p_rows + row + o_r // G, mask=o_r < rows // 4 * G, other=-1)
             i_next = tl.minimum(i + 1, end - 1)
             p_next = p_steps + (i_next // PIECES) * STEP
             seen = _seen(p_next, advance)
@@ -317,8 +318,8 @@ def forward_kernel(
             else:
                 ragged = ragged | (keys < BN)
             if ragged:
-                i_p, _ = _rows(p_rows, p_step, o_r, G)
-                o_p = tl.load(plan + W + i_p) - tl.load(p_step) - i_piece * BN
+                i_p = _rows(p_rows, p_step, o_r, G)
+                o_p = tl.load(plan + W + i_p, mask=i_p >= 0, other=0) - tl.load(p_step) - i_piece * BN
                 m_s = (o_n < keys)[None, :] & (o_n[None, :] <= o_p[:, None])
                 if USE_WINDOW:
                     m_s = m_s & (o_n[None, :] > o_p[:, None] - window)
