@@ -319,7 +319,8 @@ def forward_kernel(
                 ragged = ragged | (keys < BN)
             if ragged:
                 i_p = _rows(p_rows, p_step, o_r, G)
-                o_p = tl.load(plan + W + i_p, mask=i_p >= 0, other=0) - tl.load(p_step) - i_piece * BN
+                o_p = tl.load(plan + W + i_p, mask=i_p >= 0, other=0) - tl.load(p_step)
+                o_p = o_p - i_piece * BN
                 m_s = (o_n < keys)[None, :] & (o_n[None, :] <= o_p[:, None])
                 if USE_WINDOW:
                     m_s = m_s & (o_n[None, :] > o_p[:, None] - window)
