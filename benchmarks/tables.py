@@ -8,10 +8,18 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+IDEAS = {
+    "packing": "packing: each request reads its own path",
+    "tiles": "tile shapes: all blocks are of the widest",
+    "splitting": "splitting: no run of K and V is cut",
+    "overlap": "overlap: a shape's kernel waits for the one before",
+    "merge": "the merge kernel, i.e. its share of the time",
+}
 SIZES = {"30 to 100 MB": (30, 100), "100 to 500 MB": (100, 500), "over 500 MB": (500, 1e9)}
 
 
@@ -33,7 +41,12 @@ def filled(text: str) -> str:
 def section(name: str) -> str:
     """A file of results as text and a table, and where they come from."""
     results = json.loads((RESULTS / f"{name}.json").read_text())
-    table = kernels(results) if name.startswith("kernels") else generate(results)
+    tables = {
+        "kernels-h200": kernels,
+        "kernels-ideas-h200": ideas,
+        "kernels-irregular-h200": shares,
+    }
+    table = tables.get(name, generate)(results)
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
     note = f" ({results['note']})" if "note" in results else ""
     source = f"`{results['command']}`{note}, {versions}, commit {results['commit'][:7]}."
@@ -75,11 +88,10 @@ def kernels(results: dict) -> str:
     ]
     for name, (least, most) in (SIZES | {"all": (0, 1e9)}).items():
         rows = [row for row in results["rows"] if least <= row["kv_mb"] < most]
-        share = statistics.geometric_mean(row["share"] for row in rows)
         speed = [row["best_us"] / row["us"] for row in rows]
         lines.append(
-            f"| {name} | {len(rows)} | {share:.0%} | {statistics.geometric_mean(speed):.2f}x "
-            f"| {sum(x >= 1 for x in speed)} |"
+            f"| {name} | {len(rows)} | {mean(row['share'] for row in rows):.0%} "
+            f"| {mean(speed):.2f}x | {sum(x >= 1 for x in speed)} |"
         )
     worst = max(row["error"] / row["bound"] for row in results["rows"])
     return (
@@ -88,6 +100,46 @@ def kernels(results: dict) -> str:
         "PAT's own CUDA among them (`benchmarks/peers-h200.json`). The largest error is "
         f"{worst:.0%} of what twice PyTorch's own in fp16 allows.\n\n" + "\n".join(lines)
     )
+
+
+def ideas(results: dict) -> str:
+    """What is lost without each of PAT's ideas, and with PyTorch's dense attention."""
+    rows = results["rows"]
+    lost = {idea: [row["without_us"][idea] / row["us"] for row in rows] for idea in IDEAS}
+    lost["all of it: PyTorch's SDPA over dense K and V"] = [
+        row["sdpa_us"] / row["us"] for row in rows
+    ]
+    lines = ["| without | time, with it = 1 | at most | at |", "| --- | --- | --- | --- |"]
+    for idea, times in lost.items():
+        worst = rows[times.index(max(times))]["tree"]
+        lines.append(
+            f"| {IDEAS.get(idea, idea)} | {mean(times):.2f}x | {max(times):.1f}x | {worst} |"
+        )
+    heads = " and ".join(dict.fromkeys(row["heads"] for row in rows))
+    return f"The {len(rows)} trees with {heads} heads, geometric means.\n\n" + "\n".join(lines)
+
+
+def shares(results: dict) -> str:
+    """Shares of the roofline on random trees and on those of a trace."""
+    lines = [
+        "| trees | cases | distinct K and V | share of the roofline |",
+        "| --- | --- | --- | --- |",
+    ]
+    for prefix, name in (("seed", "random"), ("ragpulse", "RAGPulse trace")):
+        for size, (least, most) in ({"below 30 MB": (0, 30)} | SIZES).items():
+            rows = [
+                row
+                for row in results["rows"]
+                if row["tree"].startswith(prefix) and least <= row["kv_mb"] < most
+            ]
+            if rows:
+                share = mean(row["share"] for row in rows)
+                lines.append(f"| {name} | {len(rows)} | {size} | {share:.0%} |")
+    return "\n".join(lines)
+
+
+def mean(values: Iterable[float]) -> float:
+    return statistics.geometric_mean(values)
 
 
 if __name__ == "__main__":
