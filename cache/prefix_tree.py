@@ -272,7 +272,8 @@ class PrefixTree:
         todo = self.path(request)
         while todo:
             node = todo.pop(0)
-            if node.key >= 0 or len(node.tokens) < node.length:
+            gone = node.parent is None  # as somebody's twin: children are listed twice
+            if gone or node.key >= 0 or len(node.tokens) < node.length:
                 continue
             other = node.parent.children.get(int(node.tokens[0]))
             if other is None:  # what had its place has gone

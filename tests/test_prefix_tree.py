@@ -99,6 +99,27 @@ def test_answers_are_merged_once_their_ids_are_told():
     assert batch.pool.used == 4
 
 
+def test_answers_that_branched_are_merged_branch_by_branch():
+    batch = Batch()
+    batch.insert([1])
+    batch.insert([1])
+    batch.append([PAGE, PAGE], lambda: 2)  # whole pages, which branches share
+    batch.select([0, 0, 1, 1])
+    answers = iter([3, 4, 3, 4])
+    batch.append([1, 1, 1, 1], lambda: next(answers))
+    for request in range(4):
+        batch.tree.label(request, np.array(batch.truth[request]))
+    for request in range(4):
+        batch.tree.merge(request)
+    batch.check()
+    assert spans(batch.tree) == [
+        (0, [1], []),
+        (1, [2] * PAGE, []),
+        (1 + PAGE, [3], [0, 2]),
+        (1 + PAGE, [4], [1, 3]),
+    ]
+
+
 def test_idle_leaves_are_evicted_by_their_last_use():
     batch = Batch()
     for prompt in ([1, 2], [1, 3], [4], [1, 2, 5]):
