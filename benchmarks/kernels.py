@@ -204,7 +204,8 @@ def left_out(idea: str | None, processors: int) -> Iterator[Machine]:
         if idea == "merge":
             stack.enter_context(mock.patch.object(forward, "merge_kernel", Nothing()))
         stack.enter_context(mock.patch.object(forward, "tiles", lambda *_: shipped))
-        stack.enter_context(mock.patch.object(Machine, "gpu", staticmethod(lambda _: machine)))
+        for name in ("gpu", "of"):
+            stack.enter_context(mock.patch.object(Machine, name, staticmethod(lambda _: machine)))
         yield machine
 
 
