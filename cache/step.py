@@ -47,9 +47,11 @@ class Step:
         """
         self.columns, self.real, self.grown = columns, real, grown or {}
         self.written: set[int] = set()  # layers that have stored their K and V
-        _upload(plan.tensor("cpu", tuple(self.tensor.shape[2:])), self.tensor)
+        source = plan.tensor("cpu", tuple(self.tensor.shape[2:]))
+        self.tensor.copy_(staged(source, self.tensor.device), non_blocking=True)
         for targets in self._targets.values():
-            _upload(torch.from_numpy(np.stack([pages, slots])), targets)
+            source = staged(torch.from_numpy(np.stack([pages, slots])), targets.device)
+            targets.copy_(source, non_blocking=True)
         return self
 
     def fits(self, plan: Plan) -> bool:
@@ -73,8 +75,6 @@ class Step:
         self.written.clear()
 
 
-def _upload(source: torch.Tensor, target: torch.Tensor) -> None:
-    """Copies from the CPU; on a GPU without waiting for what is queued there."""
-    if target.is_cuda:
-        source = source.pin_memory()
-    target.copy_(source, non_blocking=True)
+def staged(source: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """For copies to a device: to a GPU, they need not wait for what is queued there."""
+    return source.pin_memory() if device.type == "cuda" else source

@@ -14,6 +14,7 @@ is wanted after the first product is loaded by the step itself.
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -390,17 +391,18 @@ def forward(
     shapes = Machine.gpu(processors).shapes
     chunks = max(max(shape.tokens for shape in shapes) // page_size, 1)
     choice = tiles(q.element_size(), max(key_dim, value_dim), major)
-    launched = False
+    launches = []
     for i, tile in reversed(list(enumerate(choice))):
         # No block has more rows than the batch.
         if i and rows * group <= shapes[i - 1].rows:
             continue
-        forward_kernel[(processors * tile.per_sm,)](
+        arguments = (
             q, k_pages, v_pages, plan, out, partial, lse, sinks,
             scale if softcap is not None else scale * 1.4426950408889634,
-            softcap or 0.0, window or 0, width,
-            row_stride, q.stride(1),
+            softcap or 0.0, window or 0, width, row_stride, q.stride(1),
             kv_heads, group, *k_pages.stride()[:3], *v_pages.stride()[:3],
+        )  # fmt: skip
+        options = dict(
             K=key_dim, V=value_dim, P=page_size,
             SHAPE=i, ROWS=shapes[i].rows, N=shapes[i].tokens, STEP=7 + chunks,
             BM=tile.m, BN=tile.n,
@@ -409,18 +411,47 @@ def forward(
             USE_SINKS=sinks is not None, IS_FLOAT32=q.dtype == torch.float32,
             STREAM_Q=tile.stream_q, USE_PDL=pdl,
             num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
-            **({"launch_pdl": launched} if pdl else {}),
+            **({"launch_pdl": bool(launches)} if pdl else {}),
         )  # fmt: skip
-        launched = True
+        launches.append((forward_kernel, (processors * tile.per_sm,), arguments, options))
     value_block = triton.next_power_of_2(value_dim)
     heads = min(triton.next_power_of_2(query_heads), max(1024 // value_block, 1))
-    merge_kernel[(rows, triton.cdiv(query_heads, heads))](
-        plan, partial, lse, out, sinks, width,
+    options = dict(
         HQ=query_heads, V=value_dim, BH=heads, BV=value_block,
         USE_SINKS=sinks is not None, USE_PDL=pdl, num_warps=4,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
+    grid = (rows, triton.cdiv(query_heads, heads))
+    launches.append((merge_kernel, grid, (plan, partial, lse, out, sinks, width), options))
+    if q.is_cuda:
+        layout = (*k_pages.shape[1:], *k_pages.stride(), *v_pages.shape[1:], *v_pages.stride())
+        used = (window is None, softcap is None, sinks is None, row_stride % 16)
+        _compile(launches, (q.device, q.dtype, query_heads, len(launches), *layout, *used))
+    for kernel, grid, arguments, options in launches:
+        kernel[grid](*arguments, **options)
     return out
+
+
+_compiled: set[tuple[object, ...]] = set()
+
+
+def _compile(launches: list[tuple], kind: tuple[object, ...]) -> None:
+    """Has the kernels of a new kind of call compiled and loaded side by side."""
+    if kind in _compiled:
+        return
+
+    def load(kernel) -> None:
+        with torch.cuda.device(kind[0]):
+            (kernel.result() if isinstance(kernel, triton.FutureKernel) else kernel).run  # noqa: B018
+
+    with ThreadPoolExecutor(len(launches)) as pool:
+        with triton.AsyncCompileMode(pool):
+            kernels = [
+                kernel.warmup(*arguments, grid=grid, **options)
+                for kernel, grid, arguments, options in launches
+            ]
+        list(pool.map(load, kernels))
+    _compiled.add(kind)
 
 
 @functools.cache

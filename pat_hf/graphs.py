@@ -149,7 +149,7 @@ class Graph:
         layers = _compiled_layers(cache.model, held, step.tensor) if compiled else nullcontext()
         stream = torch.cuda.Stream(device)
         stream.wait_stream(current)
-        with layers:
+        with layers, _cublaslt():
             with torch.cuda.stream(stream):
                 # Compiles kernels; what it stores, the first replay stores again.
                 out = forward(**inputs)
@@ -169,6 +169,17 @@ class Graph:
         # The next replay overwrites what this one returns.
         out = {k: x.clone() if torch.is_tensor(x) else x for k, x in self._out.items()}
         return type(self._out)(**out | {"past_key_values": inputs["past_key_values"]})
+
+
+@contextmanager
+def _cublaslt() -> Iterator[None]:
+    """For its length, cuBLASLt chooses matrix products: it splits fewer of a step's into sums."""
+    before = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    try:
+        yield
+    finally:
+        torch.backends.cuda.preferred_blas_library(before)
 
 
 class Decoder:

@@ -14,7 +14,7 @@ from pat_hf import adapters
 from pat_hf.cache.page_pool import SINK
 from pat_hf.cache.pat_cache import PATCache
 from pat_hf.cache.prefix_tree import Node, Preorder
-from pat_hf.cache.step import Step
+from pat_hf.cache.step import Step, staged
 
 
 def prefill(
@@ -139,9 +139,9 @@ def packed(
             step = Step(device, 1, stop - first, plan.shape)
             cache.announce(step.load(plan, page[part], slot[part], columns=0))
             here = ends[done : np.searchsorted(ends, stop)] - first
-            inputs = {"position_ids": torch.from_numpy(position[part])[None].to(device)}
+            inputs = {"position_ids": _moved(position[part], device)[None]}
             if feed is None:
-                inputs["input_ids"] = torch.from_numpy(token[part])[None].to(device)
+                inputs["input_ids"] = _moved(token[part], device)[None]
             else:
                 inputs["inputs_embeds"] = feed(token[part])[None].to(device)
             with adapters.only(cache.tuned, request):
@@ -153,6 +153,10 @@ def packed(
         raise
     finally:
         cache.announce(None)
+
+
+def _moved(source: np.ndarray, device: torch.device) -> torch.Tensor:
+    return staged(torch.from_numpy(source), device).to(device, non_blocking=True)
 
 
 def _input_device(model: PreTrainedModel) -> torch.device:
@@ -185,9 +189,12 @@ def _logits(
     """One packed forward; logits [len(wanted), vocabulary] of the wanted rows."""
     few = model._supports_logits_to_keep()
     if few:
-        # Not every model takes an empty choice. No tensor: accelerate would move it to the first
-        # layer's device, and the hidden states that it picks from are on the last one's.
-        inputs["logits_to_keep"] = wanted if len(wanted) else np.zeros(1, np.int64)
+        # Not every model takes an empty choice.
+        keep = wanted if len(wanted) else np.zeros(1, np.int64)
+        # accelerate would move a tensor to the first layer's device, and the hidden states that it
+        # picks from are on the last one's.
+        placed = hasattr(model, "_hf_hook")
+        inputs["logits_to_keep"] = keep if placed else _moved(keep, inputs["position_ids"].device)
     out = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits[0]
     return out[: len(wanted)] if few else out[wanted]
 
