@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from pat_hf.cache.memory import Memory
 from pat_hf.kernels.ops import store
+from pat_hf.projections import joined, lay_together
 
 if TYPE_CHECKING:
     from pat_hf.cache.page_pool import PagePool
@@ -149,7 +150,7 @@ class Graph:
         layers = _compiled_layers(cache.model, held, step.tensor) if compiled else nullcontext()
         stream = torch.cuda.Stream(device)
         stream.wait_stream(current)
-        with layers, _cublaslt():
+        with joined(cache.model), layers, _cublaslt():
             with torch.cuda.stream(stream):
                 # Compiles kernels; what it stores, the first replay stores again.
                 out = forward(**inputs)
@@ -213,7 +214,10 @@ class Decoder:
             self.reason = f"up to {steps:,} steps"
         else:
             self.mode, self.reason = mode, "as asked for"
-        self._state = None if self.mode == "eager" else _state(model)
+        self._state = None
+        if self.mode != "eager":
+            lay_together(model)
+            self._state = _state(model)
 
     def end_step(self, undone: bool) -> None:
         """Keeps the random numbers as they would be without the step that a late stop undoes."""
@@ -242,7 +246,7 @@ class Decoder:
             return None
         held, plan = Pages(cache.pool.layers, cache.step), cache.step.tensor
         try:
-            with _compiled_layers(cache.model, held, plan):
+            with joined(cache.model), _compiled_layers(cache.model, held, plan):
                 return forward(**inputs | {"attention_mask": plan, "past_key_values": held})
         except Exception as error:
             self._step_down(error)

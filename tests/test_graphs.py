@@ -44,9 +44,8 @@ class Rerun(graphs.Graph):
             held.copy_(inputs[name])
         held, plan = graphs.Pages(cache.pool.layers, cache.step), cache.step.tensor
         changed = {"attention_mask": plan, "past_key_values": held}
-        with (
-            graphs._compiled_layers(cache.model, held, plan) if self._compiled else torch.no_grad()
-        ):
+        layers = graphs._compiled_layers(cache.model, held, plan)
+        with graphs.joined(cache.model), layers if self._compiled else torch.no_grad():
             out = self._forward(**self._inputs | self._given | changed)
         out.past_key_values = inputs["past_key_values"]
         return out
