@@ -47,8 +47,11 @@ class Tile(NamedTuple):
     registers: int | None = None
 
 
-def tiles(itemsize: int, dim: int, major: int) -> tuple[Tile, ...]:
-    """One for each shape of `Machine.gpu`; for GPUs of compute capability `major`."""
+def tiles(itemsize: int, dim: int, major: int, rows: int) -> tuple[Tile, ...]:
+    """One for each shape of `Machine.gpu`; for GPUs of compute capability `major`.
+
+    Of few rows, blocks are short, and a wide tile is the sooner under way the smaller it is.
+    """
     if itemsize == 4:
         return (Tile(16, 32, 4, 2, 2, stream_q=True),) * 3
     if dim > 128:
@@ -63,7 +66,7 @@ def tiles(itemsize: int, dim: int, major: int) -> tuple[Tile, ...]:
     return (
         Tile(16, 32, 2, 3, 4, stream_q=True),
         Tile(64, 64, 4, 2, 2),
-        Tile(128, 128, 8, 2, 1),
+        Tile(128, 128 if rows > 256 else 64, 8, 3, 1),
     )
 
 
@@ -71,6 +74,15 @@ def tiles(itemsize: int, dim: int, major: int) -> tuple[Tile, ...]:
 def _seen(p_step, advance):
     """How many keys of a step some row sees."""
     return tl.minimum(tl.load(p_step + 1), tl.load(p_step + 2) + advance)
+
+
+@triton.jit
+def _past(p_step, advance, window, USE_WINDOW: tl.constexpr):
+    """How many keys of a step no row's window reaches back to; it may be none."""
+    if USE_WINDOW:
+        return tl.load(p_step + 3) + advance - window
+    else:
+        return 0
 
 
 @triton.jit
@@ -111,13 +123,25 @@ def _tile(p, where, o_n, o_d, sp, st, P: tl.constexpr):
 
 
 @triton.jit
+def _store(p, o_p, m_r, b_x, V: tl.constexpr):
+    """Stores b_x [BM, BV] as rows o_p of [.., V], in halves: they are laid out for it in shared
+    memory, of which the wide tile has no more to spare."""
+    BM: tl.constexpr = b_x.shape[0]
+    BH: tl.constexpr = b_x.shape[1] // 2
+    b_left, b_right = tl.split(tl.permute(tl.reshape(b_x, [BM, 2, BH]), (0, 2, 1)))
+    o_v = tl.arange(0, BH)
+    p_left = p + o_p[:, None] * V + o_v[None, :]
+    tl.store(p_left, b_left, mask=m_r[:, None] & (o_v < V)[None, :])
+    tl.store(p_left + BH, b_right, mask=m_r[:, None] & (o_v + BH < V)[None, :])
+
+
+@triton.jit
 def _finish(
     row,
     slot,
     rows,
     p_rows,
     o_r,
-    o_v,
     i_hq,
     b_max,
     b_sum,
@@ -133,13 +157,11 @@ def _finish(
 ):
     """Stores a block's partials from `slot` on; if that is -1, its rows' output."""
     m_r = o_r < rows // 4 * G
-    m_v = (o_v < V)[None, :]
     if slot >= 0:
         o_p = (slot + o_r // G).to(tl.int64) * (H * G) + i_hq
         b_scale = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
         tl.store(lse + o_p, b_max + tl.log2(b_sum), mask=m_r)
-        p_partial = partial + o_p[:, None] * V + o_v[None, :]
-        tl.store(p_partial, b_out * b_scale[:, None], mask=m_r[:, None] & m_v)
+        _store(partial, o_p, m_r, b_out * b_scale[:, None], V)
     else:
         i_r = tl.load(p_rows + row + o_r // G, mask=m_r, other=0)
         if USE_SINKS:
@@ -151,10 +173,7 @@ def _finish(
         else:
             b_scale = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
         o_p = i_r.to(tl.int64) * (H * G) + i_hq
-        p_out = out + o_p[:, None] * V + o_v[None, :]
-        tl.store(
-            p_out, (b_out * b_scale[:, None]).to(out.dtype.element_ty), mask=m_r[:, None] & m_v
-        )
+        _store(out, o_p, m_r, (b_out * b_scale[:, None]).to(out.dtype.element_ty), V)
 
 
 @triton.jit
@@ -239,7 +258,7 @@ def forward_kernel(
         p_v = v + i_h * sv_h
 
         p_step = p_steps + (begin // PIECES) * STEP
-        seen = _seen(p_step, advance)
+        seen, past = _seen(p_step, advance), _past(p_step, advance, window, USE_WINDOW)
         where = _chunks(p_step, 0, o_n, seen, BN, CHUNK)
         i_r = _rows(p_rows, p_step, o_r, G)
         p_step = p_steps + (tl.minimum(begin + 1, end - 1) // PIECES) * STEP
@@ -262,7 +281,7 @@ def forward_kernel(
             # [BN, BK], [BN, BV]
             m_k = o_n < keys
             if USE_WINDOW:
-                m_k = m_k & (o_n >= common - window)
+                m_k = m_k & (o_n >= past - i_piece * BN)
             b_k = tl.load(
                 _tile(p_k, where, o_n, o_k, sk_p, sk_t, P),
                 mask=m_k[:, None] & (o_k < K)[None, :],
@@ -285,7 +304,7 @@ def forward_kernel(
             i_r = tl.load(p_rows + row + o_r // G, mask=o_r < rows // 4 * G, other=-1)
             i_next = tl.minimum(i + 1, end - 1)
             p_next = p_steps + (i_next // PIECES) * STEP
-            seen = _seen(p_next, advance)
+            seen, past = _seen(p_next, advance), _past(p_next, advance, window, USE_WINDOW)
             where = _chunks(p_next, i_next % PIECES, o_n, seen, BN, CHUNK)
             p_next = p_steps + (tl.minimum(i + 2, end - 1) // PIECES) * STEP
             row, rows = tl.load(p_next + 4), tl.load(p_next + 6)
@@ -304,7 +323,7 @@ def forward_kernel(
             # first, which waits for it, nothing may touch b_out.
             if starts & (i > begin):
                 _finish(
-                    old_row, old_slot, old_rows, p_rows, o_r, o_v, i_hq, b_max,
+                    old_row, old_slot, old_rows, p_rows, o_r, i_hq, b_max,
                     tl.sum(b_sum, 1) if STREAM_Q else b_sum,
                     b_out, out, partial, lse, sinks, H, G, V, USE_SINKS,
                 )  # fmt: skip
@@ -345,7 +364,7 @@ def forward_kernel(
         p_old = p_steps + (end // PIECES - 1) * STEP
         old_row, old_slot, old_rows = tl.load(p_old + 4), tl.load(p_old + 5), tl.load(p_old + 6)
         _finish(
-            old_row, old_slot, old_rows, p_rows, o_r, o_v, i_hq, b_max,
+            old_row, old_slot, old_rows, p_rows, o_r, i_hq, b_max,
             tl.sum(b_sum, 1) if STREAM_Q else b_sum,
             b_out, out, partial, lse, sinks, H, G, V, USE_SINKS,
         )  # fmt: skip
@@ -390,7 +409,7 @@ def forward(
     pdl = q.is_cuda and major >= 9
     shapes = Machine.gpu(processors).shapes
     chunks = max(max(shape.tokens for shape in shapes) // page_size, 1)
-    choice = tiles(q.element_size(), max(key_dim, value_dim), major)
+    choice = tiles(q.element_size(), max(key_dim, value_dim), major, rows)
     launches = []
     for i, tile in reversed(list(enumerate(choice))):
         # No block has more rows than the batch.

@@ -35,14 +35,15 @@ def test_interpreted_kernels_equal_the_reference():
 
 def test_plans_are_made_for_the_programs_that_run():
     programs = [shape.programs for shape in Machine.gpu(132).shapes]
-    assert programs == [132 * tile.per_sm for tile in tiles(2, 128, 9)]
+    assert programs == [132 * tile.per_sm for tile in tiles(2, 128, 9, 1)]
+    assert programs == [132 * tile.per_sm for tile in tiles(2, 128, 9, 10_000)]
 
 
 @pytest.mark.parametrize("capability", SHARED)
 @pytest.mark.parametrize("dtype, dim", [("fp16", 128), ("fp16", 256), ("fp32", 128)])
 def test_shapes_fit_registers_and_shared_memory(capability, dtype, dim):
-    shapes = tiles(4 if dtype == "fp32" else 2, dim, capability // 10)
-    for i, tile in enumerate(shapes):
+    few, many = (tiles(4 if dtype == "fp32" else 2, dim, capability // 10, n) for n in (1, 10_000))
+    for i, tile in {*enumerate(few), *enumerate(many)}:
         kernel = _compile(tile, i, dtype, dim, capability)
         assert kernel.metadata.shared * tile.per_sm <= SHARED[capability], tile
         assert _stack_bytes(kernel.asm["cubin"]) <= STACK, tile

@@ -73,6 +73,8 @@ LARGE = [
     ),
     Check(200, heads=(32, 4), dims=(128, 128), nodes=5, longest=3000, rows=900),
     Check(201, heads=(64, 8), dims=(128, 128), nodes=300, longest=90, rows=300, length=3),
+    Check(202, torch.bfloat16, (8, 2), (96, 80), 16, window=200, softcap=3.0, rows=600),
+    Check(203, heads=(16, 2), dims=(128, 128), page_size=128, sinks=True, longest=900, rows=700),
 ]
 
 
