@@ -204,6 +204,7 @@ def call(
     return {
         "ttft": clock.times[0] - start,
         "end": time.perf_counter() - start,
+        "times": clock.times,
         "peak": torch.cuda.max_memory_allocated() + pages if cuda else 0,
     }
 
@@ -220,7 +221,9 @@ def measure(
     """One row: seconds to the first token, ms per further one, tokens/s, peak GB.
 
     `floor_ms` is the time to read the weights, without the embedding table, and every distinct
-    prompt token's K and V once.
+    prompt token's K and V once. Of long generations, `early_ms` is the time of a token among those
+    from the 100th to the 200th, `late_ms` among the last 100, and `grown_ms` how much longer it
+    takes to read what was stored in between.
     """
     model.set_attn_implementation(MODES[mode][0])
     calls = [call(model, prompts, new_tokens, mode, beams) for _ in range(repeat + warm_up)]
@@ -229,7 +232,7 @@ def measure(
     step = statistics.median((c["end"] - c["ttft"]) / (new_tokens - 1) for c in counted)
     cuda = prompts.is_cuda
     floor = floor_ms(model, prompts)
-    return {
+    row = {
         "batch": len(prompts),
         "prompt_tokens": prompts.shape[1],
         "new_tokens": new_tokens,
@@ -241,6 +244,22 @@ def measure(
         "floor_ms": round(floor, 3) if cuda else None,
         "floor_share": round(floor / step / 1e3, 3) if cuda else None,
     }
+    times = counted[-1]["times"]
+    if len(times) > 300:
+        stored = len(prompts) * (len(times) - 200) * token_bytes(model)
+        row |= {
+            "early_ms": round((times[200] - times[100]) * 10, 3),
+            "late_ms": round((times[-1] - times[-101]) * 10, 3),
+            "grown_ms": round(stored / 4.3e12 * 1e3, 3) if cuda else None,
+        }
+    return row
+
+
+def token_bytes(model: PreTrainedModel) -> int:
+    """K and V of a token, in all layers."""
+    config = model.config
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * dim * model.dtype.itemsize
 
 
 def floor_ms(model: PreTrainedModel, prompts: torch.Tensor) -> float:
@@ -253,9 +272,8 @@ def floor_ms(model: PreTrainedModel, prompts: torch.Tensor) -> float:
     tree = PrefixTree()
     for row in prompts.tolist():
         tree.insert(row)
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * dim * model.dtype.itemsize
-    return (weights + token * sum(node.length for node in tree)) / 4.3e12 * 1e3
+    stored = token_bytes(model) * sum(node.length for node in tree)
+    return (weights + stored) / 4.3e12 * 1e3
 
 
 def table(rows: list[dict]) -> str:

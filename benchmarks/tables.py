@@ -45,6 +45,7 @@ def section(name: str) -> str:
         "kernels-h200": kernels,
         "kernels-ideas-h200": ideas,
         "kernels-irregular-h200": shares,
+        "long-h200": long,
     }
     table = tables.get(name, generate)(results)
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
@@ -77,6 +78,16 @@ def generate(results: dict) -> str:
         f"{results['model']}, {results['dtype'].removeprefix('torch.')}, random weights, on "
         f"{results['machine']}{threads}. A workload is given by the nodes on each level of its "
         "prefix tree, and the tokens of each.\n\n" + "\n".join(lines)
+    )
+
+
+def long(results: dict) -> str:
+    """How much slower a token becomes as the answers grow."""
+    (row,) = results["rows"]
+    return (
+        f"Over {row['new_tokens']:,} new tokens of {row['workload']}, {row['mode']}, a token takes "
+        f"{row['early_ms']:.2f} ms between the 100th and the 200th, and {row['late_ms']:.2f} ms "
+        f"among the last 100; to read what was stored in between takes {row['grown_ms']:.2f} ms."
     )
 
 
