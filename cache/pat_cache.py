@@ -19,7 +19,7 @@ from pat_hf.cache import archive
 from pat_hf.cache.page_pool import SINK, PagePool, PoolExhausted
 from pat_hf.cache.prefix_tree import Node, PrefixTree, Preorder
 from pat_hf.cache.report import Report, draw
-from pat_hf.cache.step import Step
+from pat_hf.cache.step import KVLength, Step
 from pat_hf.cache.store import Store
 from pat_hf.graphs import MODES, Decoder, lease
 from pat_hf.kernels.ops import backend
@@ -27,17 +27,6 @@ from pat_hf.kernels.plan import Heads, Machine, Nodes, Plan, make_plan
 
 _AHEAD = 512  # new tokens of a request that pages are reserved for; longer answers add to them
 _NEVER = np.iinfo(np.int64).max
-
-
-class KVLength(int):
-    """A length that carries its cache: all that Transformers hands to a mask function."""
-
-    cache: PATCache
-
-    def __new__(cls, value: int, cache: PATCache) -> KVLength:
-        self = super().__new__(cls, value)
-        self.cache = cache
-        return self
 
 
 class PATCache(Cache):

@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from pat_hf.kernels.plan import Plan
+
+
+class KVLength(int):
+    """A length that carries its cache: all that Transformers hands to a mask function.
+
+    Args:
+        cache: something with the `begin` of a `PATCache`.
+    """
+
+    def __new__(cls, value: int, cache: Any) -> KVLength:
+        self = super().__new__(cls, value)
+        self.cache = cache
+        return self
 
 
 class Step:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
@@ -32,9 +32,11 @@ def pat_attention(
         query: [batch, query heads, tokens, key dim].
         key, value: with a plan, a layer's pages [pages, kv heads, page size, dim]; else
             [batch, kv heads, length, dim].
-        attention_mask: what `pat_mask` returned.
+        attention_mask: what `pat_mask` returned; as with sdpa, it alone says whether there is a
+            window.
         scaling: factor of the scores; key dim ** -0.5 if `None`.
-        sliding_window: last positions that a query sees, its own included; `None` for all.
+        sliding_window: last positions that a query sees through a window, its own included; the
+            model's if `None`.
         softcap: c in c * tanh(score / c), as Gemma 2 has it.
         s_aux: [query heads], attention sinks: a score each that takes part in the softmax only.
 
@@ -61,13 +63,16 @@ def pat_attention(
             f"{type(module).__name__} adds a position bias to the scores, which PATCache does "
             "not support. Use DynamicCache for this model."
         )
+    windowed = attention_mask.shape[1] > 1
+    if windowed and sliding_window is None:
+        sliding_window = module.config.sliding_window
     out = attention(
         query.to(key.dtype),  # they differ under autocast
         key,
         value,
-        attention_mask,
+        attention_mask[:, :1],
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
+        window=sliding_window if windowed else None,
         softcap=softcap,
         sinks=s_aux,
     )
@@ -118,20 +123,33 @@ def pat_mask(
     attention_mask: torch.Tensor | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    local_size: int | None = None,
+    config: PretrainedConfig | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """The plan of a forward on a PATCache, int32 [1, 1, ., .]; the mask of sdpa without one.
+    """The plan of a forward on a PATCache; the mask of sdpa without one.
 
     Args:
         kv_length: from a PATCache, an int that carries the cache.
+        local_size: tokens in the window that the mask is for, or in its chunks.
+        config: of the model.
         others: as Transformers passes them to every mask function.
 
+    Returns:
+        int32 [1, 1, ., .]; for a window the same memory twice, [1, 2, ., .].
+
     Raises:
-        ValueError: if the model combines the causal mask with one of its own.
+        ValueError: if the model combines the causal mask with one of its own, or it is in chunks.
     """
     cache = getattr(kv_length, "cache", None)
     if cache is not None and not use_vmap:
-        return cache.begin(batch_size, q_length, attention_mask, torch.device(device))
+        if local_size not in (None, getattr(config, "sliding_window", None)):
+            raise ValueError(
+                f"This model attends in chunks of {local_size} tokens, which PATCache does not "
+                "support. Use DynamicCache for it."
+            )
+        plan = cache.begin(batch_size, q_length, attention_mask, torch.device(device))
+        return plan if local_size is None else plan.expand(-1, 2, -1, -1)
     if cache is not None:
         raise ValueError(
             "This model changes the causal mask (bidirectional blocks, for instance), which "
@@ -147,6 +165,8 @@ def pat_mask(
         attention_mask=attention_mask,
         use_vmap=use_vmap,
         device=device,
+        local_size=local_size,
+        config=config,
         **kwargs,
     )
 

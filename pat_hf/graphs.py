@@ -24,7 +24,7 @@ from pat_hf.projections import joined, lay_together
 if TYPE_CHECKING:
     from pat_hf.cache.page_pool import PagePool
     from pat_hf.cache.pat_cache import PATCache
-from pat_hf.cache.step import Step
+from pat_hf.cache.step import KVLength, Step
 
 logger = logging.get_logger(__name__)
 
@@ -51,6 +51,7 @@ class Pages(Cache):
         self.layers = {
             i: LayerPages(*layer, *step.targets(layer[0].device)) for i, layer in layers.items()
         }
+        self._plan = step.tensor
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -58,6 +59,15 @@ class Pages(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # positions are given
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return KVLength(query_length, self), 0
+
+    def begin(self, *args: Any) -> torch.Tensor:
+        return self._plan
 
     def update(
         self,
@@ -146,8 +156,8 @@ class Graph:
         device = inputs["input_ids"].device
         step, current = cache.step, torch.cuda.current_stream(device)
         held = Pages(cache.pool.layers, step)
-        inputs = inputs | self._given | {"attention_mask": step.tensor, "past_key_values": held}
-        layers = _compiled_layers(cache.model, held, step.tensor) if compiled else nullcontext()
+        inputs = inputs | self._given | {"attention_mask": None, "past_key_values": held}
+        layers = _compiled_layers(cache.model, held) if compiled else nullcontext()
         stream = torch.cuda.Stream(device)
         stream.wait_stream(current)
         with joined(cache.model), layers, _cublaslt():
@@ -244,10 +254,10 @@ class Decoder:
         alone = cache.step.shape[1] == 1  # would be compiled as a case apart
         if self.mode != "compiled" or alone or len(cache.pool.layers) < len(cache):
             return None
-        held, plan = Pages(cache.pool.layers, cache.step), cache.step.tensor
+        held = Pages(cache.pool.layers, cache.step)
         try:
-            with joined(cache.model), _compiled_layers(cache.model, held, plan):
-                return forward(**inputs | {"attention_mask": plan, "past_key_values": held})
+            with joined(cache.model), _compiled_layers(cache.model, held):
+                return forward(**inputs | {"attention_mask": None, "past_key_values": held})
         except Exception as error:
             self._step_down(error)
             return None
@@ -322,7 +332,7 @@ def _state(model: PreTrainedModel) -> Hashable:
 
 
 @contextmanager
-def _compiled_layers(model: PreTrainedModel, held: Pages, plan: torch.Tensor) -> Iterator[None]:
+def _compiled_layers(model: PreTrainedModel, held: Pages) -> Iterator[None]:
     """For its length, the decoder layers of `model` run compiled on `held`, each on its own pages.
 
     Other threads' forwards go by the layers as they are; those that are to be compiled wait.
@@ -335,7 +345,6 @@ def _compiled_layers(model: PreTrainedModel, held: Pages, plan: torch.Tensor) ->
     with _compiling:
         if not layers or any("forward" in vars(layer) for layer in layers):
             raise TypeError("its decoder layers can't be told or have forwards of their own")
-        _mark_dynamic(plan, 2, 3)
         try:
             for layer in layers:
                 number = next(x.layer_idx for x in layer.modules() if hasattr(x, "layer_idx"))
@@ -356,10 +365,11 @@ def _run_layer(layer: nn.Module, whole: Pages, own: LayerPages, *args: Any, **kw
     packed = args[0].shape[1] > 1
     for tensor in (keys, values, *(targets if packed else ())):
         _mark_dynamic(tensor, 0)
-    if packed:
-        for x in tree_leaves((args, kwargs)):
-            if torch.is_tensor(x) and x.shape[:2] == args[0].shape[:2]:
-                _mark_dynamic(x, 1)
+    for x in filter(torch.is_tensor, tree_leaves((args, kwargs))):
+        if x.dtype == torch.int32 and x.ndim == 4:  # the plan
+            _mark_dynamic(x, 2, 3)
+        elif packed and x.shape[:2] == args[0].shape[:2]:
+            _mark_dynamic(x, 1)
     return _compiled_layer()(layer, args, kwargs)
 
 

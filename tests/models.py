@@ -62,6 +62,17 @@ MODELS = CORE | {
         "Qwen2", **_WINDOW, use_sliding_window=True, max_window_layers=2
     ),
     "Qwen3-MoE": _config("Qwen3Moe", **_MOE, num_experts=4, moe_intermediate_size=32),
+    "Qwen2-MoE, some windows": _config(
+        "Qwen2Moe",
+        **_MOE,
+        **_WINDOW,
+        num_experts=4,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+        use_sliding_window=True,
+        max_window_layers=2,
+    ),
+    "Phi-MoE": _config("Phimoe", **_MOE, **_WINDOW, num_local_experts=4),
     "Gemma": _config("Gemma"),
     "Gemma 3": _config("Gemma3Text", **_SOME, query_pre_attn_scalar=16),
     "Phi": _config("Phi"),

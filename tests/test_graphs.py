@@ -42,9 +42,9 @@ class Rerun(graphs.Graph):
         assert cache.step is self._step and cache.step.tensor.data_ptr() == self._address
         for name, held in self._given.items():
             held.copy_(inputs[name])
-        held, plan = graphs.Pages(cache.pool.layers, cache.step), cache.step.tensor
-        changed = {"attention_mask": plan, "past_key_values": held}
-        layers = graphs._compiled_layers(cache.model, held, plan)
+        held = graphs.Pages(cache.pool.layers, cache.step)
+        changed = {"attention_mask": None, "past_key_values": held}
+        layers = graphs._compiled_layers(cache.model, held)
         with graphs.joined(cache.model), layers if self._compiled else torch.no_grad():
             out = self._forward(**self._inputs | self._given | changed)
         out.past_key_values = inputs["past_key_values"]
@@ -187,9 +187,8 @@ def test_other_forwards_go_by_the_layers_as_they_are(rerun):
     ids = prompts(1)["input_ids"]
     with torch.no_grad():
         alone = pat(ids).logits
-        step = cache.step
-        held = graphs.Pages(cache.pool.layers, step)
-        with graphs._compiled_layers(pat, held, step.tensor):
+        held = graphs.Pages(cache.pool.layers, cache.step)
+        with graphs._compiled_layers(pat, held):
             beside = pat(ids).logits
     assert torch.equal(alone, beside) and rerun.frame_count == 0
     assert all("forward" not in vars(layer) for layer in pat.model.layers)
