@@ -357,19 +357,20 @@ class PATCache(Cache):
             self.pool.drop(node)
         self._forget()
 
-    def arm(
-        self, model: PreTrainedModel, steps: int, compile: bool, stops: Sequence[int] = ()
-    ) -> None:
-        """Prepares for the decode steps of a `generate()`.
+    def arm(self, model: PreTrainedModel, steps: int, compile: bool) -> None:
+        """Prepares for the prefill and the decode steps of a `generate()`.
 
         Args:
             model: the model, as its steps are going to find it.
             steps: how many there may be.
             compile: whether they may be compiled without being asked for.
-            stops: ids after which what a request generates is of no use.
         """
         self._decoder = Decoder(model, self.decode, steps, compile)
-        self._ahead, self._stops, self._searched = steps, stops, 0
+        self._ahead, self._stops, self._searched = steps, (), 0
+
+    def stop_at(self, ids: Sequence[int]) -> None:
+        """Ends requests that are fed one of `ids` from now on, once their prompts are stored."""
+        self._stops, self._searched = ids, len(self._fed)
 
     def defer_stops(self) -> bool:
         """Whether `generate()` is to see a step late that all requests are finished.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.generation import utils
+from transformers.generation import EosTokenCriteria, StoppingCriteriaList, utils
 from transformers.utils import logging
 
 from pat_hf import adapters
@@ -41,11 +41,12 @@ def install() -> None:
     Raises:
         ImportError: if this version of Transformers has no such steps to take over.
     """
-    stock, assisted = (
-        getattr(GenerationMixin, name, None) for name in ("_prefill", "_assisted_decoding")
+    stock, sample, assisted = (
+        getattr(GenerationMixin, name, None)
+        for name in ("_prefill", "_sample", "_assisted_decoding")
     )
     expected = ["self", "input_ids", "generation_config", "model_kwargs", "is_first_iteration"]
-    if stock is None or assisted is None or list(inspect.signature(stock).parameters) != expected:
+    if None in (stock, sample, assisted) or list(inspect.signature(stock).parameters) != expected:
         import transformers
 
         raise ImportError(
@@ -68,38 +69,46 @@ def install() -> None:
             return stock(self, input_ids, generation_config, model_kwargs, is_first_iteration)
         cache.check(self)
         steps = max(0, generation_config.max_length - input_ids.shape[1] - 1)
-        compile = not generation_config.disable_compile
-        cache.arm(self, steps, compile, _stops(generation_config))
+        cache.arm(self, steps, compile=not generation_config.disable_compile)
         mask, embeds, positions = (
             model_kwargs.get(x) for x in ("attention_mask", "inputs_embeds", "position_ids")
         )
         reason = _unshareable(input_ids, model_kwargs)
         if reason is None and adapters.positional(cache.tuned):
             reason = "an adapter begins inside the prompts (aLoRA)"
-        if embeds is None and not _whole(input_ids, mask, generation_config):
-            # For the requests that are stored: there is nothing to look for.
-            return stock(self, input_ids, generation_config, model_kwargs, is_first_iteration)
-        if reason is not None:
-            if cache.get_seq_length() and positions is not None and positions.ndim == 3:
-                raise ValueError(
-                    f"{type(self).__name__} numbers tokens by the images before them, and "
-                    "generate() has numbered these as if they came behind what this PATCache "
-                    "holds. Call clear() on the cache first, or make a new one."
-                )
-            cache.clear()  # the prompts come whole, and what they share is not looked for
-            # Whatever may make equal tokens differ, nothing is shared with these.
-            cache.fallback, cache.opaque = reason, True
-            logger.warning_once(f"pat_hf computes each prompt on its own: {reason}.")
-            return stock(self, input_ids, generation_config, model_kwargs, is_first_iteration)
-        return prefill(
-            self,
-            cache,
-            input_ids,
-            mask,
-            generation_config.prefill_chunk_size,
-            steps,
-            embeds if is_first_iteration else None,
-        )
+        whole = embeds is not None or _whole(input_ids, mask, generation_config)
+        if whole and reason is None:
+            out = prefill(
+                self,
+                cache,
+                input_ids,
+                mask,
+                generation_config.prefill_chunk_size,
+                steps,
+                embeds if is_first_iteration else None,
+            )
+        else:  # for the requests that are stored, unless the prompts come whole
+            if whole:
+                if cache.get_seq_length() and positions is not None and positions.ndim == 3:
+                    raise ValueError(
+                        f"{type(self).__name__} numbers tokens by the images before them, and "
+                        "generate() has numbered these as if they came behind what this PATCache "
+                        "holds. Call clear() on the cache first, or make a new one."
+                    )
+                cache.clear()  # what the prompts share is not looked for
+                # Whatever may make equal tokens differ, nothing is shared with these.
+                cache.fallback, cache.opaque = reason, True
+                logger.warning_once(f"pat_hf computes each prompt on its own: {reason}.")
+            out = stock(self, input_ids, generation_config, model_kwargs, is_first_iteration)
+        cache.stop_at(getattr(generation_config, "_stops", ()))
+        return out
+
+    @functools.wraps(sample)
+    def _sample(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        config, criteria = kwargs.get("generation_config"), kwargs.get("stopping_criteria")
+        if isinstance(kwargs.get("past_key_values"), PATCache) and config and criteria:
+            config._stops = _stops(config, criteria)  # `_prefill` is not given the criteria
+        return sample(self, *args, **kwargs)
 
     @functools.wraps(assisted)
     def _assisted_decoding(
@@ -131,6 +140,7 @@ def install() -> None:
 
     _prefill._pat_hf = True
     GenerationMixin._prefill = _prefill
+    GenerationMixin._sample = _sample
     GenerationMixin._assisted_decoding = _assisted_decoding
     GenerationMixin.generate = served
     if check := getattr(utils, "DeferredStopCheck", None):  # from 5.17 on
@@ -145,11 +155,12 @@ def install() -> None:
         check.is_supported = staticmethod(is_supported)
 
 
-def _stops(config: GenerationConfig) -> Sequence[int]:
+def _stops(config: GenerationConfig, criteria: StoppingCriteriaList) -> Sequence[int]:
     """Ids after which `generate()` makes nothing more of a request, unless its scores are kept."""
-    stop = config._eos_token_tensor
-    plain = config.num_beams == 1 and not (config.output_scores or config.output_logits)
-    return stop.tolist() if plain and stop is not None else ()
+    if config.output_scores or config.output_logits:
+        return ()
+    # A call's own criterion takes the place of the config's; one of a derived class may wait.
+    return [i for x in criteria if type(x) is EosTokenCriteria for i in x.eos_token_id.tolist()]
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import DynamicCache, StoppingCriteria
+from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import EosTokenCriteria
 
 import pat_hf
 from pat_hf.cache.page_pool import SINK
@@ -356,6 +357,49 @@ def test_a_finished_request_is_not_continued_unnoticed():
     mask[:, : inputs["input_ids"].shape[1]] = inputs["attention_mask"]
     with pytest.raises(ValueError, match="had ended"):
         pat(out[:, -3:], attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_an_end_inside_the_prompts_ends_nothing(whole):
+    """As between the turns of a chat; also where prompts don't go through the packed prefill."""
+    outs = []
+    for model, cache in zip(pair("Llama"), (None, pat_hf.PATCache(pair("Llama")[1])), strict=True):
+        inputs = batch([SYSTEM, SYSTEM])
+        kwargs = {"do_sample": False, "return_dict_in_generate": True, "pad_token_id": 1}
+        first = generate(model, inputs, cache, **kwargs)
+        turns = [first.sequences, torch.tensor([[5] + text(4, r) for r in range(2)])]
+        ids = torch.cat(turns, 1)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if not whole:
+            inputs["input_ids"] = ids[:, first.past_key_values.get_seq_length() :]
+        kwargs |= {"eos_token_id": 5, "output_hidden_states": whole}
+        outs.append(generate(model, inputs, first.past_key_values, **kwargs).sequences)
+    assert torch.equal(*outs)
+
+
+def test_ends_are_those_of_the_criteria():
+    """A criterion of the call takes the place of the config's, and a loop of one's own has none."""
+
+    def endless(model, input_ids, generation_config, logits_processor, stopping_criteria, **kwargs):
+        outputs = model._prefill(input_ids, generation_config, kwargs)
+        for _ in range(39):
+            new = outputs.logits[:, -1].argmax(-1, keepdim=True)
+            input_ids = torch.cat([input_ids, new], 1)
+            kwargs = model._update_model_kwargs_for_generation(outputs, kwargs)
+            inputs = model.prepare_inputs_for_generation(
+                input_ids, next_sequence_length=1, **kwargs
+            )
+            outputs = model(**inputs)
+        return input_ids
+
+    stock, pat = pair("Llama")
+    inputs = batch(BATCHES["ragged"])
+    free = generate(stock, inputs, do_sample=False)[:, inputs["input_ids"].shape[1] :]
+    kwargs = {"do_sample": False, "pad_token_id": 1, "eos_token_id": free[:, 2].tolist()}
+    later = StoppingCriteriaList([EosTokenCriteria(free[:, 38].tolist())])
+    for own in ({"custom_generate": endless}, {"stopping_criteria": later}):
+        ours = generate(pat, inputs, pat_hf.PATCache(pat, page_size=16), **kwargs | own)
+        assert torch.equal(ours, generate(stock, inputs, **kwargs | own))
 
 
 def test_second_turn_with_padding_behind_the_first_answers():
