@@ -158,7 +158,7 @@ class PATCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        return bool(self.pool.layers)
+        return self._columns > 0
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -192,7 +192,7 @@ class PATCache(Cache):
             ValueError: if heads, dims, dtype or device are not those of what is stored.
         """
         step = self.step
-        if step is None or layer_idx in step.written:
+        if step is None or layer_idx in step.written or not step.asked:
             raise RuntimeError(
                 "PATCache has no plan for this forward. It needs a model loaded with "
                 f'attn_implementation="pat" (this one has {self.config._attn_implementation!r}) '
@@ -497,9 +497,16 @@ class PATCache(Cache):
                 stored; its values are looked at when the plan is made anew.
             PoolExhausted: if there is no page for the new tokens; the cache is as before.
         """
+        step = self._next_step(batch, length, mask, device)
+        step.asked = True
+        return step.tensor
+
+    def _next_step(
+        self, batch: int, length: int, mask: torch.Tensor | None, device: torch.device
+    ) -> Step:
         step = self.step
         if step is not None and not step.written and step.shape == (batch, length):
-            return step.tensor
+            return step
         shape = (batch, self._columns + length)
         if mask is not None and tuple(mask.shape) != shape:
             raise ValueError(
@@ -511,7 +518,7 @@ class PATCache(Cache):
                 self.prefixes.append(request, 1)
             self._room -= 1
             step.advance()
-            return step.tensor
+            return step
         self._withdraw()
         if len(self.prefixes) == 0:
             self.families = self._families(batch)
@@ -528,7 +535,7 @@ class PATCache(Cache):
             self._finish()
         mask = np.ones(shape, bool) if mask is None else mask.cpu().numpy().astype(bool)
         self.step = self._plan_growth(self._new_columns(mask), device)
-        return self.step.tensor
+        return self.step
 
     def _new_columns(self, mask: np.ndarray) -> np.ndarray:
         """The new columns of a mask, bool [batch, length], once the others are as they were."""
@@ -814,7 +821,9 @@ def _heads(config: PretrainedConfig, dtype: torch.dtype) -> Heads:
     query = config.num_attention_heads
     kv = getattr(config, "num_key_value_heads", None) or query
     dim = getattr(config, "head_dim", None) or config.hidden_size // query
-    return Heads(query, kv, dim, dim, dtype.itemsize)
+    # Where K and V differ; those that latents are expanded to.
+    key, value = (getattr(config, x, None) or dim for x in ("qk_head_dim", "v_head_dim"))
+    return Heads(query, kv, key, value, dtype.itemsize)
 
 
 def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
@@ -833,14 +842,23 @@ def _supported_config(model: PreTrainedModel) -> PretrainedConfig:
     name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
     kinds = set(getattr(config, "layer_types", None) or ())
+    shapes = {
+        (layer.num_key_value_groups, getattr(layer, "head_dim", None))
+        for layer in model.modules()
+        if hasattr(layer, "num_key_value_groups") and layer.config is config
+    }
     if model.config.is_encoder_decoder:
         reason = "it is an encoder-decoder model"
-    elif not model._supports_attention_backend:
-        reason = "it computes attention in code of its own, which can't be replaced"
     elif model._is_stateful or kinds - {"full_attention", "sliding_attention"}:
         reason = f"its layers ({', '.join(sorted(kinds)) or 'recurrent'}) are not all attention"
-    elif getattr(config, "kv_lora_rank", None):
-        reason = "it changes K and V after they are cached (latent attention)"
+    elif not model._supports_attention_backend:
+        reason = "it computes attention in code of its own, which can't be replaced"
+    elif any(getattr(config, x, None) for x in ("add_cross_attention", "cross_attention_layers")):
+        reason = "it has cross-attention"
+    elif getattr(config, "keep_window_size", None):
+        reason = "its mask follows from the values (dynamic mask attention)"
+    elif len(shapes) > 1:
+        reason = "its layers have heads of different numbers or dims"
     elif getattr(config, "is_causal", True) is False:
         reason = "its attention is not causal"
     elif config._attn_implementation != "pat":

@@ -61,6 +61,7 @@ class Step:
             grown: requests that the step lengthens, and by how many tokens.
         """
         self.columns, self.real, self.grown = columns, real, grown or {}
+        self.asked = False  # whether the mask function was called
         self.written: set[int] = set()  # layers that have stored their K and V
         source = plan.tensor("cpu", tuple(self.tensor.shape[2:]))
         self.tensor.copy_(staged(source, self.tensor.device), non_blocking=True)
@@ -87,6 +88,7 @@ class Step:
         Plan.positions(self.tensor).add_(1)
         for targets in self._targets.values():
             targets[1].add_(1)
+        self.asked = False
         self.written.clear()
 
 

@@ -9,7 +9,11 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import (
+    causal_mask_function,
+    sdpa_mask,
+    sliding_window_causal_mask_function,
+)
 
 from pat_hf.kernels.ops import attention
 
@@ -47,6 +51,11 @@ def pat_attention(
         ValueError: if the weights are asked for, or the model adds a bias to the scores.
     """
     if attention_mask is None or attention_mask.dtype != torch.int32:
+        if len(key) != len(query):
+            raise ValueError(
+                f"{type(module).__name__} makes its mask by itself, which PATCache does not "
+                "support. Use DynamicCache for this model."
+            )
         if s_aux is not None or softcap is not None:
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
             return _dense(query, key, value, attention_mask, scaling, softcap, s_aux), None
@@ -139,22 +148,20 @@ def pat_mask(
         int32 [1, 1, ., .]; for a window the same memory twice, [1, 2, ., .].
 
     Raises:
-        ValueError: if the model combines the causal mask with one of its own, or it is in chunks.
+        ValueError: if the mask is anything else than causal, with or without a window.
     """
     cache = getattr(kv_length, "cache", None)
-    if cache is not None and not use_vmap:
-        if local_size not in (None, getattr(config, "sliding_window", None)):
+    if cache is not None:
+        usual = causal_mask_function
+        if local_size is not None and local_size == getattr(config, "sliding_window", None):
+            usual = sliding_window_causal_mask_function(local_size)
+        if not _alike(mask_function, usual):
             raise ValueError(
-                f"This model attends in chunks of {local_size} tokens, which PATCache does not "
-                "support. Use DynamicCache for it."
+                "This model changes the causal mask (chunks or bidirectional blocks, for instance), "
+                "which PATCache does not support. Use DynamicCache for this input."
             )
         plan = cache.begin(batch_size, q_length, attention_mask, torch.device(device))
         return plan if local_size is None else plan.expand(-1, 2, -1, -1)
-    if cache is not None:
-        raise ValueError(
-            "This model changes the causal mask (bidirectional blocks, for instance), which "
-            "PATCache does not support. Use DynamicCache for this input."
-        )
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
@@ -169,6 +176,16 @@ def pat_mask(
         config=config,
         **kwargs,
     )
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Whether two mask functions are made of the same parts."""
+    if isinstance(a, tuple):
+        return isinstance(b, tuple) and len(a) == len(b) and all(map(_alike, a, b))
+    if not callable(a) or not callable(b):
+        return a is b or (isinstance(a, int) and a == b)
+    parts = [[cell.cell_contents for cell in x.__closure__ or ()] for x in (a, b)]
+    return a.__code__ is b.__code__ and all(map(_alike, *parts))
 
 
 def register() -> None:

@@ -309,6 +309,8 @@ def _obstacle(model: PreTrainedModel) -> str | None:
         return "its layers are on several devices"
     if torch.is_autocast_enabled("cuda"):
         return "autocast is on"
+    if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None):
+        return "all pages, as many as there are, are expanded in each step (latent attention)"
     for name, module in model.named_modules():
         if getattr(vars(module).get("_hf_hook"), "offload", False):
             return f"{name or 'the model'} is offloaded"

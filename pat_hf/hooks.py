@@ -76,6 +76,8 @@ def install() -> None:
         reason = _unshareable(input_ids, model_kwargs)
         if reason is None and adapters.positional(cache.tuned):
             reason = "an adapter begins inside the prompts (aLoRA)"
+        if reason is None and _renumbers(self, input_ids, model_kwargs):
+            reason = f"{type(self).__name__} has numbers of its own for tokens"
         whole = embeds is not None or _whole(input_ids, mask, generation_config)
         if whole and reason is None:
             out = prefill(
@@ -227,6 +229,20 @@ def _unshareable(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> str |
         if given.shape[-2:] != usual.shape or not (given == usual)[..., real].all():
             return "position_ids are not the tokens' numbers"
     return None
+
+
+def _renumbers(
+    model: PreTrainedModel, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
+) -> bool:
+    """Whether the model is fed other `position_ids` than `generate()` has, as PaliGemma is."""
+    given = model_kwargs.get("position_ids")
+    prepare = type(model).prepare_inputs_for_generation
+    if given is None or prepare is GenerationMixin.prepare_inputs_for_generation:
+        return False
+    fed = model.prepare_inputs_for_generation(
+        input_ids, is_first_iteration=True, **model_kwargs
+    ).get("position_ids")
+    return fed is None or not torch.equal(fed, given)
 
 
 def _says_nothing(x: Any) -> bool:

@@ -8,11 +8,11 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BloomConfig,
-    DeepseekV3Config,
     Llama4TextConfig,
     MambaConfig,
     T5Config,
 )
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 import pat_hf
 from pat_hf.prefill import prefill
@@ -111,16 +111,27 @@ SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "intermedi
 
 
 @pytest.mark.parametrize(
+    "make, words",
+    [
+        ({"block_sequence_ids": torch.tensor([[0, 0, -1]])}, "changes the causal mask"),
+        ({"or_mask_function": lambda b, h, q, k: q >= k}, "changes the causal mask"),
+    ],
+)
+def test_masks_that_are_more_than_causal(make, words):
+    _, pat = pair("Mistral")
+    states = torch.zeros(1, 3, 64)
+    for create in (create_causal_mask, create_sliding_window_causal_mask):
+        cache = pat_hf.PATCache(pat)
+        create(pat.config, states, None, cache)
+        with pytest.raises(ValueError, match=f"{words}.*DynamicCache"):
+            create(pat.config, states, None, cache, **make)
+
+
+@pytest.mark.parametrize(
     "config, words",
     [
         (BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=2), "Bloom.*of its own"),
         (MambaConfig(**SMALL, state_size=4), "Mamba.*"),
-        (
-            DeepseekV3Config(
-                **SMALL, num_attention_heads=2, num_key_value_heads=2, first_k_dense_replace=2
-            ),
-            "DeepseekV3.*latent attention",
-        ),
         (
             Llama4TextConfig(
                 **SMALL, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2

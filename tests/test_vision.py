@@ -10,6 +10,7 @@ from transformers import (
     CLIPVisionConfig,
     Gemma3Config,
     LlavaConfig,
+    PaliGemmaConfig,
     Qwen2VLConfig,
 )
 
@@ -45,8 +46,14 @@ CONFIGS = {
         mm_tokens_per_image=4,
         image_token_index=IMAGE,
     ),
+    "PaliGemma": PaliGemmaConfig(
+        text_config=MODELS["Gemma"],
+        vision_config=TOWER | {"vision_use_head": False},
+        projection_dim=64,
+        image_token_id=IMAGE,
+    ),
 }
-TOKENS = {"LLaVA": 16, "Qwen2-VL": 4, "Gemma 3": 4}  # of an image
+TOKENS = {"LLaVA": 16, "Qwen2-VL": 4, "Gemma 3": 4, "PaliGemma": 16}  # of an image
 SYSTEM = [1 + t % 90 for t in text(30, 61)]
 KWARGS = {"max_new_tokens": 12, "do_sample": False}
 
@@ -80,6 +87,8 @@ def inputs_of(name, image: bool):
         inputs["pixel_values"] = torch.randn(1, 3, 16, 16).repeat(4, 1, 1, 1)
         if name == "Gemma 3":
             inputs["token_type_ids"] = kinds
+    if name == "PaliGemma" and image:
+        inputs["token_type_ids"] = torch.zeros_like(kinds)
     return inputs
 
 
@@ -93,7 +102,10 @@ def test_text_is_shared(name, kwargs):
     for _ in range(2):
         ours = pat.generate(**inputs, past_key_values=cache, **KWARGS, **kwargs)
         assert torch.equal(ours, expected)
-    assert cache.fallback is None and cache.prefilled == 36 + 3 + 8 + 1 + 5
+    if name == "PaliGemma":  # it counts from 1, but only in generate()
+        assert "numbers of its own" in cache.fallback
+    else:
+        assert cache.fallback is None and cache.prefilled == 36 + 3 + 8 + 1 + 5
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
@@ -130,12 +142,13 @@ def test_images_that_count_in_positions_need_an_empty_cache(first):
     assert torch.equal(ours, stock.generate(**turns[1], **KWARGS))
 
 
-def test_images_that_see_both_ways_are_refused():
-    stock, pat = pair("Gemma 3")
+@pytest.mark.parametrize("name", ["Gemma 3", "PaliGemma"])
+def test_prompts_that_see_both_ways_are_refused(name):
+    stock, pat = pair(name)
     cache = pat_hf.PATCache(pat)
     with pytest.raises(ValueError, match="changes the causal mask.*DynamicCache"):
-        pat.generate(**inputs_of("Gemma 3", image=True), past_key_values=cache, **KWARGS)
+        pat.generate(**inputs_of(name, image=True), past_key_values=cache, **KWARGS)
     assert cache.get_seq_length() == 0
-    plain = inputs_of("Gemma 3", image=False)
+    plain = inputs_of(name, image=False)
     ours = pat.generate(**plain, past_key_values=cache, **KWARGS)
     assert torch.equal(ours, stock.generate(**plain, **KWARGS))
