@@ -841,7 +841,10 @@ def _supported_config(model: PreTrainedModel) -> PretrainedConfig:
         )
     name = type(model).__name__
     config = model.config.get_text_config(decoder=True)
-    kinds = set(getattr(config, "layer_types", None) or ())
+    others = set(getattr(config, "layer_types", None) or ())
+    others -= {"full_attention", "sliding_attention"}
+    if model._is_stateful and not others:
+        others = {"recurrence"}
     shapes = {
         (layer.num_key_value_groups, getattr(layer, "head_dim", None))
         for layer in model.modules()
@@ -849,8 +852,8 @@ def _supported_config(model: PreTrainedModel) -> PretrainedConfig:
     }
     if model.config.is_encoder_decoder:
         reason = "it is an encoder-decoder model"
-    elif model._is_stateful or kinds - {"full_attention", "sliding_attention"}:
-        reason = f"its layers ({', '.join(sorted(kinds)) or 'recurrent'}) are not all attention"
+    elif others:
+        reason = f"it has layers of {', '.join(sorted(others))}"
     elif not model._supports_attention_backend:
         reason = "it computes attention in code of its own, which can't be replaced"
     elif any(getattr(config, x, None) for x in ("add_cross_attention", "cross_attention_layers")):

@@ -157,7 +157,7 @@ def pat_mask(
             usual = sliding_window_causal_mask_function(local_size)
         if not _alike(mask_function, usual):
             raise ValueError(
-                "This model changes the causal mask (chunks or bidirectional blocks, for instance), "
+                "This model changes the causal mask (chunks, bidirectional blocks or the like), "
                 "which PATCache does not support. Use DynamicCache for this input."
             )
         plan = cache.begin(batch_size, q_length, attention_mask, torch.device(device))

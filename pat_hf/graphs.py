@@ -347,6 +347,8 @@ def _compiled_layers(model: PreTrainedModel, held: Pages) -> Iterator[None]:
     with _compiling:
         if not layers or any("forward" in vars(layer) for layer in layers):
             raise TypeError("its decoder layers can't be told or have forwards of their own")
+        if len(held.layers) < len(layers):
+            raise TypeError("some decoder layers store no K and V of their own")
         try:
             for layer in layers:
                 number = next(x.layer_idx for x in layer.modules() if hasattr(x, "layer_idx"))

@@ -26,6 +26,19 @@ _SMALL = {
 }
 _MOE = {"num_experts_per_tok": 2}
 _WINDOW = {"sliding_window": 19}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 12,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+}
 _SOME = _WINDOW | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 
 
@@ -55,6 +68,7 @@ CORE = {
         eos_token_id=None,
         pad_token_id=PAD,
     ),
+    "DeepSeek-V3": _config("DeepseekV3", **_LATENT, **_MOE),
 }
 MODELS = CORE | {
     "Mixtral": _config("Mixtral", **_MOE, num_local_experts=4),
@@ -88,6 +102,76 @@ MODELS = CORE | {
     "GLM-4": _config("Glm4"),
     "EXAONE 4": _config("Exaone4", **_SOME),
     "Nemotron": _config("Nemotron"),
+    "DeepSeek-V2": _config("DeepseekV2", **_LATENT, **_MOE),
+    "Gemma 3n": _config(
+        "Gemma3nText",
+        **_SOME,
+        num_kv_shared_layers=1,
+        hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY,
+    ),
+    "OPT": _config("OPT", ffn_dim=96, word_embed_proj_dim=64, num_key_value_heads=None),
+}
+# By what the refusal says.
+REFUSED = {
+    "it is an encoder-decoder model": {
+        "T5": _config("T5", d_model=32, d_kv=16, num_heads=2),
+        "BART": _config("Bart", d_model=32, encoder_layers=1, decoder_layers=1),
+    },
+    "it computes attention in code of its own": {
+        "Bloom": _config("Bloom", n_head=4),
+        "MPT": _config("Mpt", d_model=64, n_heads=4, n_layers=2),
+        "Falcon": transformers.FalconConfig(
+            hidden_size=64, num_attention_heads=4, num_hidden_layers=2
+        ),
+        "GPT-J": _config("GPTJ", n_embd=64, n_head=4, n_layer=2, rotary_dim=8),
+        "CodeGen": _config("CodeGen", n_embd=64, n_head=4, n_layer=2, rotary_dim=8),
+        "GPT-Neo": _config("GPTNeo", attention_types=[[["global"], 3]]),
+        "StableLM": _config("StableLm"),
+        "XGLM": _config("XGLM", d_model=64, attention_heads=4, num_layers=2),
+    },
+    "it has layers of recurrence": {
+        "RWKV": _config("Rwkv"),
+        "RecurrentGemma": _config("RecurrentGemma", lru_width=64),
+    },
+    "it has layers of linear_attention": {
+        "Mamba": _config("Mamba"),
+        "Mamba 2": _config("Mamba2", num_heads=8, head_dim=16),
+        "Jamba": _config("Jamba", num_experts=2),
+        "Bamba": _config("Bamba", mamba_n_heads=4, mamba_d_head=32),
+        "Granite 4": _config("GraniteMoeHybrid", mamba_n_heads=4, mamba_d_head=32),
+        "Nemotron-H": _config("NemotronH", layers_block_type=["mamba", "attention", "mamba"]),
+        "Qwen3-Next": _config("Qwen3Next", num_experts=2),
+        "Qwen3.5": _config("Qwen3_5Text"),
+        "OLMo Hybrid": _config("OlmoHybrid"),
+        "MiniMax": _config("MiniMax", num_local_experts=2),
+    },
+    "it has layers of hybrid": {
+        "Falcon-H1": _config("FalconH1", mamba_d_ssm=128, mamba_n_heads=4, mamba_d_head=32),
+        "Zamba 2": _config("Zamba2", layers_block_type=["mamba", "hybrid", "mamba"]),
+    },
+    "it has layers of conv": {
+        "LFM2": _config("Lfm2", layer_types=["conv", "full_attention", "conv"]),
+    },
+    "it has layers of chunked_attention": {
+        "Llama 4": _config("Llama4Text", num_local_experts=2, intermediate_size_mlp=64),
+    },
+    "it has layers of deepseek_sparse_attention": {
+        "DeepSeek-V3.2": _config("DeepseekV32", **_LATENT),
+        "GLM-5": _config("GlmMoeDsa", **_LATENT),
+    },
+    "it has layers of heavily_compressed_attention": {"DeepSeek-V4": _config("DeepseekV4")},
+    "it has cross-attention": {
+        "Llama 3.2 Vision": transformers.MllamaConfig(
+            text_config=_SMALL | {"cross_attention_layers": [1]}
+        ),
+        "BERT with an encoder": _config("Bert", is_decoder=True, add_cross_attention=True),
+    },
+    "its layers have heads of different numbers or dims": {
+        "Gemma 4": _config("Gemma4Text", hidden_size_per_layer_input=0),
+        "MiMo-V2-Flash": _config("MiMoV2Flash", **_SOME, n_routed_experts=8),
+    },
+    "its mask follows from the values": {"Doge": _config("Doge")},
 }
 # sdpa drops the soft-cap without a word, and has no sinks.
 EAGER = {"Gemma 2", "GPT-OSS"}

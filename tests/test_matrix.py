@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig, WatermarkingConfig
 import pat_hf
 
 from .models import MODELS, batch, pair
+from .models import REFUSED as REFUSED_MODELS
 from .test_generate import text
 
 ROOT = Path(__file__).parent.parent
@@ -120,7 +121,7 @@ def test_refused_by_name(name, mode):
 
 
 def table() -> str:
-    """The README's table: a row for each model, the modes above it."""
+    """The README's tables: a row for each model, the modes above it, refused models below."""
     modes = ", ".join([*BATCHED, *SINGLE])
     refused = ", ".join(f"{mode} (`{next(iter(k))}`)" for mode, (k, _) in REFUSED.items())
     lines = [
@@ -146,6 +147,8 @@ def table() -> str:
             "yes" if config.model_type == "gpt_oss" else "",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", "Refused by name:", "", "| model | because |", "| --- | --- |"]
+    lines += [f"| {', '.join(models)} | {words} |" for words, models in REFUSED_MODELS.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -4,20 +4,13 @@ import copy
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    BloomConfig,
-    Llama4TextConfig,
-    MambaConfig,
-    T5Config,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 import pat_hf
 from pat_hf.prefill import prefill
 
-from .models import CORE, batch, pair
+from .models import CORE, REFUSED, batch, pair
 
 PROMPTS = [[3, 4, 5, 6], [3, 4, 7]]
 
@@ -107,9 +100,6 @@ def test_another_attention_implementation():
         model(**batch(PROMPTS), past_key_values=cache)
 
 
-SMALL = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 32}
-
-
 @pytest.mark.parametrize(
     "make, words",
     [
@@ -128,28 +118,16 @@ def test_masks_that_are_more_than_causal(make, words):
 
 
 @pytest.mark.parametrize(
-    "config, words",
-    [
-        (BloomConfig(vocab_size=50, hidden_size=32, n_layer=2, n_head=2), "Bloom.*of its own"),
-        (MambaConfig(**SMALL, state_size=4), "Mamba.*"),
-        (
-            Llama4TextConfig(
-                **SMALL, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2
-            ),
-            "Llama4.*chunked_attention",
-        ),
-    ],
+    "words, name", [(words, name) for words, models in REFUSED.items() for name in models]
 )
-def test_models_whose_attention_cannot_be_taken_over(config, words):
-    model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(ValueError, match=f"{words}.*DynamicCache"):
-        pat_hf.PATCache(model)
+def test_models_that_a_cache_is_not_for(words, name):
+    config = copy.deepcopy(REFUSED[words][name])
+    kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with pytest.raises(ValueError, match=f"PATCache can't hold .*: {words}.*DynamicCache"):
+        pat_hf.PATCache(kind.from_config(config))
 
 
-def test_encoder_decoder_and_other_objects():
-    config = T5Config(vocab_size=50, d_model=32, d_ff=32, num_layers=1, num_heads=2, d_kv=16)
-    with pytest.raises(ValueError, match="T5.*encoder-decoder"):
-        pat_hf.PATCache(AutoModelForSeq2SeqLM.from_config(config))
+def test_other_objects():
     with pytest.raises(TypeError, match="str"):
         pat_hf.PATCache("llama")
 
