@@ -134,6 +134,11 @@ def install() -> None:
         cache = kwargs.get("past_key_values")
         if not isinstance(cache, PATCache):
             return generate(self, *args, **kwargs)
+        if kwargs.get("cache_implementation") == "paged":
+            raise ValueError(
+                "cache_implementation='paged' is continuous batching, which would not use this "
+                "PATCache. Leave one of them out."
+            )
         try:
             with serving(self):
                 return generate(self, *args, **kwargs)

@@ -168,7 +168,9 @@ REFUSED = {
         "BERT with an encoder": _config("Bert", is_decoder=True, add_cross_attention=True),
     },
     "its layers have heads of different numbers or dims": {
-        "Gemma 4": _config("Gemma4Text", hidden_size_per_layer_input=0),
+        "Gemma 4": _config(
+            "Gemma4Text", layer_types=["sliding_attention"] * 2 + ["full_attention"]
+        ),
         "MiMo-V2-Flash": _config("MiMoV2Flash", **_SOME, n_routed_experts=8),
     },
     "its mask follows from the values": {"Doge": _config("Doge")},

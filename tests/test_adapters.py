@@ -4,7 +4,18 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    OFTConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TrainableTokensConfig,
+    VeraConfig,
+    get_peft_model,
+)
 
 import pat_hf
 
@@ -179,9 +190,61 @@ def test_names_that_do_not_fit_the_batch(models):
     same(models, cache, prompts, adapter_names=names, do_sample=True)
 
 
-def test_virtual_tokens_are_refused():
-    config = PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["q_proj", "v_proj"], r=4, use_dora=True),
+        LoraConfig(target_modules=["embed_tokens"], r=4, modules_to_save=["lm_head"]),
+        IA3Config(target_modules=["v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        OFTConfig(target_modules=["q_proj", "k_proj"], r=4, oft_block_size=0),
+        VeraConfig(target_modules=["q_proj", "o_proj"], r=4),
+        LNTuningConfig(target_modules=["input_layernorm"]),
+        TrainableTokensConfig(target_modules=["embed_tokens"], token_indices=SYSTEM[3:9]),
+    ],
+    ids=lambda config: "DoRA" if getattr(config, "use_dora", False) else config.peft_type.value,
+)
+def test_adapters_of_other_kinds(config):
+    models = []
+    for model in pair("Llama"):
+        torch.manual_seed(1)
+        models.append(get_peft_model(copy.deepcopy(model), copy.deepcopy(config)).eval())
+        for weight in models[-1].parameters():
+            if weight.requires_grad:
+                torch.nn.init.normal_(weight, std=0.2)
+    cache = pat_hf.PATCache(models[1], 1 << 30, page_size=16)
+    assert [same(models, cache, PROMPTS) for _ in range(2)] == [52, 0]
+    with models[0].disable_adapter(), models[1].disable_adapter():
+        assert same(models, cache, PROMPTS) == 52
+        plain = generate(models[0], PROMPTS)
+    assert not torch.equal(plain, generate(models[0], PROMPTS))
+
+
+def test_an_adapter_that_begins_inside_the_prompts():
+    """aLoRA: tokens before its invocation are the base model's, so equal ones may differ."""
+    models = []
+    for model in pair("Llama"):
+        torch.manual_seed(1)
+        targets = ["q_proj", "k_proj", "v_proj"]
+        config = LoraConfig(
+            target_modules=targets,
+            r=4,
+            alora_invocation_tokens=SYSTEM[30:32],
+            init_lora_weights=False,
+            task_type="CAUSAL_LM",
+        )
+        models.append(get_peft_model(copy.deepcopy(model), config).eval())
+    cache = pat_hf.PATCache(models[1], 1 << 30, page_size=16)
+    for _ in range(2):
+        assert same(models, cache, PROMPTS) == 0
+        assert "aLoRA" in cache.fallback
+    assert not torch.equal(generate(models[0], PROMPTS), generate(pair("Llama")[0], PROMPTS))
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig])
+def test_virtual_tokens_are_refused(kind):
+    config = kind(num_virtual_tokens=3, task_type="CAUSAL_LM")
     model = get_peft_model(copy.deepcopy(pair("Llama")[1]), config)
     cache = pat_hf.PATCache(model)
-    with pytest.raises(ValueError, match="PROMPT_TUNING puts virtual tokens.*DynamicCache"):
+    words = f"{config.peft_type.value} puts virtual tokens.*DynamicCache"
+    with pytest.raises(ValueError, match=words):
         generate(model, [SYSTEM], cache)

@@ -4,10 +4,16 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    MoshiConfig,
+    MoshiForCausalLM,
+)
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 import pat_hf
+from pat_hf.attention import pat_attention
 from pat_hf.prefill import prefill
 
 from .models import CORE, REFUSED, batch, pair
@@ -125,6 +131,21 @@ def test_models_that_a_cache_is_not_for(words, name):
     kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with pytest.raises(ValueError, match=f"PATCache can't hold .*: {words}.*DynamicCache"):
         pat_hf.PATCache(kind.from_config(config))
+
+
+def test_a_model_that_makes_no_mask():
+    """Moshi makes one only where it is given one."""
+    small = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MoshiConfig(vocab_size=50, hidden_size=32, ffn_dim=32, **small)
+    model = MoshiForCausalLM._from_config(config, attn_implementation="pat")
+    cache = pat_hf.PATCache(model)
+    with pytest.raises(RuntimeError, match="one that a model makes by itself"):
+        model.generate(**batch(PROMPTS), past_key_values=cache, max_new_tokens=2)
+    assert len(cache.prefixes) == 0
+    _, pat = pair("Llama")
+    layer, (queries, pages) = pat.model.layers[0].self_attn, torch.zeros(2, 1, 4, 16, 16)
+    with pytest.raises(ValueError, match="LlamaAttention makes its mask by itself"):
+        pat_attention(layer, queries, pages.expand(3, -1, -1, -1), pages, None)
 
 
 def test_other_objects():

@@ -4,15 +4,19 @@ The behaviour that its own tests of generation and caches check, on stock models
 """
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
     MaxTimeCriteria,
     StoppingCriteriaList,
+    SynthIDTextWatermarkingConfig,
 )
 from transformers.generation import (
     GenerateBeamDecoderOnlyOutput,
@@ -29,6 +33,7 @@ INPUTS = batch(BATCHES["ragged"])
 ROWS, COLUMNS = INPUTS["input_ids"].shape
 CLOSE = {"atol": 2e-4, "rtol": 2e-4}
 NAMES = ["Llama", "Mistral", "GPT-2"]
+SYNTHID = SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3)
 
 
 def both(name):
@@ -170,6 +175,11 @@ def test_without_a_prompt():
         ({"max_length": COLUMNS, "max_new_tokens": None}, "max_length"),
         ({"cache_implementation": "static"}, "cache_implementation.*past_key_values"),
         ({"num_beams": 2, "low_memory": True}, "low_memory"),
+        ({"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5}, "Group Beam Search"),
+        ({"num_beams": 2, "force_words_ids": [[5]]}, "Constrained Beam Search"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, "Contrastive Search"),
+        ({"dola_layers": "low"}, "Dola Generation"),
+        ({"assistant_early_exit": 2}, "batch_size = 1"),
         ({"num_beams": 2, "streamer": object()}, "streamer"),
         ({"num_return_sequences": 2}, "num_return_sequences"),
     ],
@@ -180,6 +190,13 @@ def test_what_generate_refuses_with_any_cache(kwargs, words):
         with pytest.raises(ValueError, match=words):
             generate(model, cache, **kwargs)
         assert cache.get_seq_length() == 0
+
+
+def test_continuous_batching_is_refused():
+    """It would have a cache of its own."""
+    _, (pat, cache) = both("Llama")
+    with pytest.raises(ValueError, match="cache_implementation='paged'.*PATCache"):
+        generate(pat, cache, cache_implementation="paged")
 
 
 def test_processors_and_criteria_of_ones_own():
@@ -207,6 +224,56 @@ def test_processors_and_criteria_of_ones_own():
         )
     assert torch.equal(*outs)
     assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
+
+
+def allowed(request, ids):
+    return [3 + request, 7, 9, int(ids[-1])]
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"assistant_early_exit": 2},
+        {"assistant_early_exit": 1, "do_sample": True},
+        {"assistant_model": "Qwen3", "assistant_ensemble_weight": 0.5},
+        {"assistant_model": "Qwen3", "assistant_confidence_threshold": 0.4},
+        {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1, "prefill_chunk_size": 8},
+        {"prefix_allowed_tokens_fn": allowed, "num_beams": 3},
+        {"num_beams": 3, "early_stopping": "never", "eos_token_id": [*range(2, 97, 5)]},
+        {"guidance_scale": 1.5, "negative_prompt_ids": [[5, 6, 7]] * ROWS},
+        {"do_sample": True, "watermarking_config": SYNTHID, "top_h": 0.6},
+        {"stop_strings": ["a", "e"], "num_beams": 2},
+        {"stop_strings": ["a", "e"]},
+        {"token_healing": True},
+        {"max_time": 1e-9},
+        {"forced_bos_token_id": 5, "remove_invalid_values": True, "max_cache_len": 9},
+    ],
+    ids=lambda kwargs: ", ".join(kwargs),
+)
+def test_what_else_generate_can_do(kwargs):
+    kwargs = dict(kwargs)
+    single = any("assistant" in name or "lookup" in name for name in kwargs)
+    inputs = batch(BATCHES["one"]) if single else INPUTS
+    if "assistant_model" in kwargs:
+        kwargs["assistant_model"] = pair(kwargs["assistant_model"])[1]
+    if "negative_prompt_ids" in kwargs:
+        kwargs["negative_prompt_ids"] = torch.tensor(kwargs["negative_prompt_ids"])
+    models = pair("Llama")
+    if {"stop_strings", "token_healing"} & kwargs.keys():
+        folder = Path(__file__).parent.parent / "examples" / "facts-llama"
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        kwargs["tokenizer"] = tokenizer
+        inputs = tokenizer(["Who wrote the bo", "The capital of Fra"], padding=True)
+        inputs = {name: torch.tensor(x) for name, x in inputs.items()}
+        models = [
+            AutoModelForCausalLM.from_pretrained(
+                folder, attn_implementation=attention, dtype=torch.float32
+            )
+            for attention in ("sdpa", "pat")
+        ]
+    stock, pat = models
+    ours = generate(pat, pat_hf.PATCache(pat, page_size=16), inputs, **kwargs)
+    assert torch.equal(ours.sequences, generate(stock, None, inputs, **kwargs).sequences)
 
 
 def test_one_cache_for_calls_of_all_kinds():
