@@ -63,7 +63,7 @@ def refuse_virtual_tokens(model: nn.Module) -> None:
     """
     wrapper = getattr(model.prepare_inputs_for_generation, "__self__", None)
     config = getattr(wrapper, "active_peft_config", None)
-    if getattr(config, "is_prompt_learning", False):
+    if any(getattr(config, x, False) for x in ("is_prompt_learning", "is_adaption_prompt")):
         raise ValueError(
             f"PEFT's {config.peft_type.value} puts virtual tokens before the prompts, which "
             "PATCache does not support. Use DynamicCache for this adapter."

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from peft import (
+    AdaptionPromptConfig,
     IA3Config,
     LNTuningConfig,
     LoraConfig,
@@ -240,9 +241,18 @@ def test_an_adapter_that_begins_inside_the_prompts():
     assert not torch.equal(generate(models[0], PROMPTS), generate(pair("Llama")[0], PROMPTS))
 
 
-@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig])
-def test_virtual_tokens_are_refused(kind):
-    config = kind(num_virtual_tokens=3, task_type="CAUSAL_LM")
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(
+            kind(num_virtual_tokens=3, task_type="CAUSAL_LM")
+            for kind in (PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig)
+        ),
+        AdaptionPromptConfig(adapter_len=3, adapter_layers=2, task_type="CAUSAL_LM"),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_virtual_tokens_are_refused(config):
     model = get_peft_model(copy.deepcopy(pair("Llama")[1]), config)
     cache = pat_hf.PATCache(model)
     words = f"{config.peft_type.value} puts virtual tokens.*DynamicCache"
