@@ -853,7 +853,8 @@ def _supported_config(model: PreTrainedModel) -> PretrainedConfig:
     if model.config.is_encoder_decoder:
         reason = "it is an encoder-decoder model"
     elif others:
-        reason = f"it has layers of {', '.join(sorted(others))}"
+        kinds = ", ".join(sorted(others))
+        reason = f"it has layers of other kinds than full and sliding attention ({kinds})"
     elif not model._supports_attention_backend:
         reason = "it computes attention in code of its own, which can't be replaced"
     elif any(getattr(config, x, None) for x in ("add_cross_attention", "cross_attention_layers")):

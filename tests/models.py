@@ -130,11 +130,9 @@ REFUSED = {
         "StableLM": _config("StableLm"),
         "XGLM": _config("XGLM", d_model=64, attention_heads=4, num_layers=2),
     },
-    "it has layers of recurrence": {
+    "it has layers of other kinds than full and sliding attention": {
         "RWKV": _config("Rwkv"),
         "RecurrentGemma": _config("RecurrentGemma", lru_width=64),
-    },
-    "it has layers of linear_attention": {
         "Mamba": _config("Mamba"),
         "Mamba 2": _config("Mamba2", num_heads=8, head_dim=16),
         "Jamba": _config("Jamba", num_experts=2),
@@ -145,22 +143,14 @@ REFUSED = {
         "Qwen3.5": _config("Qwen3_5Text"),
         "OLMo Hybrid": _config("OlmoHybrid"),
         "MiniMax": _config("MiniMax", num_local_experts=2),
-    },
-    "it has layers of hybrid": {
         "Falcon-H1": _config("FalconH1", mamba_d_ssm=128, mamba_n_heads=4, mamba_d_head=32),
         "Zamba 2": _config("Zamba2", layers_block_type=["mamba", "hybrid", "mamba"]),
-    },
-    "it has layers of conv": {
         "LFM2": _config("Lfm2", layer_types=["conv", "full_attention", "conv"]),
-    },
-    "it has layers of chunked_attention": {
         "Llama 4": _config("Llama4Text", num_local_experts=2, intermediate_size_mlp=64),
-    },
-    "it has layers of deepseek_sparse_attention": {
         "DeepSeek-V3.2": _config("DeepseekV32", **_LATENT),
         "GLM-5": _config("GlmMoeDsa", **_LATENT),
+        "DeepSeek-V4": _config("DeepseekV4"),
     },
-    "it has layers of heavily_compressed_attention": {"DeepSeek-V4": _config("DeepseekV4")},
     "it has cross-attention": {
         "Llama 3.2 Vision": transformers.MllamaConfig(
             text_config=_SMALL | {"cross_attention_layers": [1]}

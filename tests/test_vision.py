@@ -47,7 +47,7 @@ CONFIGS = {
         image_token_index=IMAGE,
     ),
     "PaliGemma": PaliGemmaConfig(
-        text_config=MODELS["Gemma"],
+        text_config=copy.deepcopy(MODELS["Gemma"]),
         vision_config=TOWER | {"vision_use_head": False},
         projection_dim=64,
         image_token_id=IMAGE,
