@@ -56,17 +56,21 @@ def positional(tuned: Sequence[nn.Module]) -> bool:
 
 
 def refuse_virtual_tokens(model: nn.Module) -> None:
-    """Makes sure that no tokens unknown to `generate` are put before the prompts.
+    """Makes sure that no tokens unknown to `generate` are put before the prompts, or their keys.
 
     Raises:
-        ValueError: if `model` runs under a PEFT model that learned some, as prompt tuning does.
+        ValueError: if `model` runs under a PEFT model that learned some, as prompt tuning does, or
+            has layers that did (LLaMA-Adapter).
     """
     wrapper = getattr(model.prepare_inputs_for_generation, "__self__", None)
     config = getattr(wrapper, "active_peft_config", None)
-    if any(getattr(config, x, False) for x in ("is_prompt_learning", "is_adaption_prompt")):
+    kind = config.peft_type.value if getattr(config, "is_prompt_learning", False) else None
+    if "peft" in sys.modules and any(hasattr(x, "adaption_prompt") for x in model.modules()):
+        kind = "ADAPTION_PROMPT"
+    if kind is not None:
         raise ValueError(
-            f"PEFT's {config.peft_type.value} puts virtual tokens before the prompts, which "
-            "PATCache does not support. Use DynamicCache for this adapter."
+            f"PEFT's {kind} puts virtual tokens before the prompts, which PATCache does not "
+            "support. Use DynamicCache for this adapter."
         )
 
 
