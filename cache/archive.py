@@ -19,13 +19,11 @@ from pat_hf.cache.page_pool import PagePool
 from pat_hf.cache.prefix_tree import Node, PrefixTree
 
 _FORMAT = "pat_hf prompts, 1"
-# What K and V depend on beside the weights; a config that lacks a field says None.
-_FIELDS = (
-    "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "hidden_act", "rope_parameters", "layer_types", "sliding_window",
-    "attn_logit_softcapping", "query_pre_attn_scalar", "rms_norm_eps", "layer_norm_eps",
-    "layer_norm_epsilon", "num_experts_per_tok",
-)  # fmt: skip
+# What of a config K and V don't depend on.
+_ASIDE = {
+    "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
+    "transformers_version", "use_cache",
+}  # fmt: skip
 _SAMPLE = 64  # values of every weight that the checksum sees, from its begin and from its end
 
 
@@ -46,9 +44,9 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
             flat = tensor.detach().flatten()
             ends = torch.cat([flat[:_SAMPLE], flat[-_SAMPLE:]]).cpu().contiguous()
             weights.update(ends.view(torch.uint8).numpy().tobytes())
-    about = {"architecture": type(model).__name__}
-    about |= {name: getattr(config, name, None) for name in _FIELDS}
-    about |= {"dtype": str(model.dtype), "weights": weights.hexdigest()}
+    about = {name: x for name, x in config.to_diff_dict().items() if name not in _ASIDE}
+    about |= {"architecture": type(model).__name__, "dtype": str(model.dtype)}
+    about |= {"weights": weights.hexdigest()}
     return json.loads(json.dumps(about, default=str))
 
 
@@ -127,14 +125,15 @@ def read(path: str | Path, tree: PrefixTree, pool: PagePool, model: PreTrainedMo
 
 
 def _compare(path: str | Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    differ = [name for name in ours if theirs.get(name) != ours[name]]
+    # Not what another version of Transformers added to the config.
+    differ = [name for name in ours if name in theirs and theirs[name] != ours[name]]
     if not differ:
         return
     if differ == ["weights"]:
         what = "the weights are others"
     else:
         shown = [name for name in differ if name != "weights"]
-        what = "; ".join(f"{name} is {theirs.get(name)!r}, not {ours[name]!r}" for name in shown)
+        what = "; ".join(f"{name} is {theirs[name]!r}, not {ours[name]!r}" for name in shown)
     raise ValueError(
         f"{path} holds keys and values of another model: in the file, {what}. "
         "Load it with the model that it was saved for."

@@ -453,8 +453,11 @@ def test_load_refuses_another_model(tmp_path):
     config.rope_parameters = {"rope_type": "default", "rope_theta": 500.0}
     config.num_hidden_layers = 2
     config = AutoModelForCausalLM.from_config(config, attn_implementation="pat")
+    switched = copy.deepcopy(pat)
+    switched.config.max_position_embeddings = 256  # some ways of numbering depend on it
     for model, words in [
         (weights, "the weights are others"),
+        (switched, "max_position_embeddings is 512, not 256"),
         (config, "num_hidden_layers is 3, not 2; rope_parameters is .*10000.*not.*500"),
         (pair("Llama", torch.bfloat16)[1], "dtype is 'torch.float32', not 'torch.bfloat16'"),
         (pair("Qwen3")[1], "architecture is 'LlamaForCausalLM', not 'Qwen3ForCausalLM'"),
