@@ -26,6 +26,7 @@ from pat_hf.kernels.ops import backend
 from pat_hf.kernels.plan import Heads, Machine, Nodes, Plan, make_plan
 
 _AHEAD = 512  # new tokens of a request that pages are reserved for; longer answers add to them
+_BY_TOKEN = ("input_ids", "position_ids")  # arguments of a forward that name each of its tokens
 _NEVER = np.iinfo(np.int64).max
 
 
@@ -93,6 +94,7 @@ class PATCache(Cache):
         self.families: list[Hashable] = []  # of the requests
         self.opaque = False  # K and V of the requests are not told by their tokens
         self.fallback: str | None = None  # why prompts were computed request by request
+        self.repeated = False  # the next forward begins with what is stored
         self.decoding: str | None = None  # how the last `generate()` ran its decode steps
         self._columns = 0  # length as Transformers counts it, padding included
         self._prompt_columns = 0
@@ -386,6 +388,7 @@ class PATCache(Cache):
 
     def disarm(self) -> None:
         """The `generate()` is over: forwards are the model's own again."""
+        self.repeated = False
         if self._decoder is not None:
             self.decoding = str(self._decoder)
             self._decoder, self._stops = None, ()
@@ -396,6 +399,10 @@ class PATCache(Cache):
         Notes the ids it is fed: only with them can generated tokens be shared with later prompts,
         and neither `update` nor the mask function is told them.
         """
+        if self.repeated:
+            self.repeated = False
+            new = {x: kwargs[x][..., self._columns :] for x in _BY_TOKEN if kwargs.get(x) is not None}
+            kwargs = kwargs | new
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if self.step is None or self.step.columns:
             self._fed.append(ids)

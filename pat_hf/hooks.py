@@ -55,6 +55,7 @@ def install() -> None:
         )
     if getattr(stock, "_pat_hf", False):
         return
+    own = set(inspect.signature(assisted).parameters)  # of its arguments; others are the forward's
 
     @functools.wraps(stock)
     def _prefill(
@@ -73,11 +74,7 @@ def install() -> None:
         mask, embeds, positions = (
             model_kwargs.get(x) for x in ("attention_mask", "inputs_embeds", "position_ids")
         )
-        reason = _unshareable(input_ids, model_kwargs)
-        if reason is None and adapters.positional(cache.tuned):
-            reason = "an adapter begins inside the prompts (aLoRA)"
-        if reason is None and _renumbers(self, input_ids, model_kwargs):
-            reason = f"{type(self).__name__} has numbers of its own for tokens"
+        reason = _unshareable(self, cache, input_ids, model_kwargs)
         whole = embeds is not None or _whole(input_ids, mask, generation_config)
         if whole and reason is None:
             out = prefill(
@@ -97,10 +94,7 @@ def install() -> None:
                         "generate() has numbered these as if they came behind what this PATCache "
                         "holds. Call clear() on the cache first, or make a new one."
                     )
-                cache.clear()  # what the prompts share is not looked for
-                # Whatever may make equal tokens differ, nothing is shared with these.
-                cache.fallback, cache.opaque = reason, True
-                logger.warning_once(f"pat_hf computes each prompt on its own: {reason}.")
+                _share_nothing(cache, reason)
             out = stock(self, input_ids, generation_config, model_kwargs, is_first_iteration)
         cache.stop_at(getattr(generation_config, "_stops", ()))
         return out
@@ -119,12 +113,27 @@ def install() -> None:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, PATCache):
             cache.check(self)
-            if not _whole(input_ids, kwargs.get("attention_mask"), kwargs["generation_config"]):
+            config, mask = kwargs["generation_config"], kwargs.get("attention_mask")
+            if not _whole(input_ids, mask, config):
                 raise ValueError(
                     "Assisted decoding and prompt lookup look at the whole prompt, and were given "
                     "only what is new in it. Pass all of its tokens."
                 )
-            cache.clear()  # there is no prefill: the first step is fed the whole prompt
+            inputs = {name: x for name, x in kwargs.items() if name not in own}
+            reason = _unshareable(self, cache, input_ids, inputs)
+            if reason is None and inputs.get("inputs_embeds") is not None:
+                reason = "assisted decoding is fed embeddings with its first candidates"
+            if reason is not None:
+                _share_nothing(cache, reason)
+            elif input_ids.shape[1] > 1:
+                # The first step has no prefill before it. It is fed the whole prompt, which ends
+                # with the one token that is not stored.
+                seen = None if mask is None else mask[:, :-1]
+                steps = config.max_length - input_ids.shape[1]
+                prefill(self, cache, input_ids[:, :-1], seen, config.prefill_chunk_size, steps)
+                cache.repeated = True
+            else:
+                cache.clear()
         return assisted(self, input_ids, *args, **kwargs)
 
     generate = GenerationMixin.generate
@@ -203,7 +212,16 @@ def serving(model: PreTrainedModel) -> Iterator[None]:
                     model.forward = own
 
 
-def _unshareable(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> str | None:
+def _share_nothing(cache: PATCache, reason: str) -> None:
+    """Empties the cache for prompts whose tokens don't tell their K and V."""
+    cache.clear()
+    cache.fallback, cache.opaque = reason, True
+    logger.warning_once(f"pat_hf computes each prompt on its own: {reason}.")
+
+
+def _unshareable(
+    model: PreTrainedModel, cache: PATCache, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
+) -> str | None:
     """Why these prompts can't be packed by their token ids, if so."""
     if model_kwargs.get("use_cache") is False:
         raise ValueError(
@@ -233,6 +251,10 @@ def _unshareable(input_ids: torch.Tensor, model_kwargs: dict[str, Any]) -> str |
         # Some models number tokens several times over: in text, in time, in height, in width.
         if given.shape[-2:] != usual.shape or not (given == usual)[..., real].all():
             return "position_ids are not the tokens' numbers"
+    if adapters.positional(cache.tuned):
+        return "an adapter begins inside the prompts (aLoRA)"
+    if _renumbers(model, input_ids, model_kwargs):
+        return f"{type(model).__name__} has numbers of its own for tokens"
     return None
 
 

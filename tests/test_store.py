@@ -335,16 +335,37 @@ def test_prompts_whose_tokens_do_not_tell_their_keys_are_not_shared():
     assert same(cache, [SYSTEM]) == 70
 
 
-def test_prompt_lookup_keeps_its_answer():
+@pytest.mark.parametrize("mode", ["prompt_lookup_num_tokens", "assistant_early_exit"])
+def test_assisted_decoding_reuses_and_keeps(mode):
     cache = cache_of()
-    prompt = SYSTEM[:10] * 3
-    for given in (text(20, 1), prompt, SYSTEM):
-        stock, pat = pair("Llama")
-        mode = {"prompt_lookup_num_tokens": 4}
+    mode = {mode: 2, "max_new_tokens": 12}
+    stock, pat = pair("Llama")
+
+    def added(given):
+        before = cache.prefilled
         ours = generate(pat, [given], cache, **mode)
         assert torch.equal(ours, generate(stock, [given], **mode))
         cache.pool.check(cache.prefixes)
-    assert same(cache, [prompt]) == 0
+        return ours[0].tolist(), cache.prefilled - before
+
+    for given in (text(20, 1), [3], SYSTEM[:10] * 3):
+        answered, computed = added(given)
+        assert computed == len(given) - 1  # the first candidates come with the last token
+    assert added(SYSTEM[:10] * 3)[1] == 0
+    assert added(answered + [5, 6, 7])[1] <= 3  # a further turn: its own tokens, and the last fed
+    assert same(cache, [SYSTEM[:10] * 3]) == 0
+
+
+def test_interrupted_assisted_decoding_leaves_a_sound_cache():
+    cache = cache_of()
+    _, pat = pair("Llama")
+
+    def broken(ids, scores):
+        raise KeyError("criterion")
+
+    with pytest.raises(KeyError):
+        generate(pat, [SYSTEM], cache, prompt_lookup_num_tokens=2, stopping_criteria=[broken])
+    assert same(cache, [SYSTEM + [5]]) <= 2
 
 
 def test_two_caches_share_nothing():
