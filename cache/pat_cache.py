@@ -399,9 +399,13 @@ class PATCache(Cache):
         Notes the ids it is fed: only with them can generated tokens be shared with later prompts,
         and neither `update` nor the mask function is told them.
         """
-        if self.repeated:
+        if self.repeated and kwargs.get("output_hidden_states"):
+            self.clear()  # MTP and DFlash draft from the states of the whole prompt
+        elif self.repeated:
             self.repeated = False
-            new = {x: kwargs[x][..., self._columns :] for x in _BY_TOKEN if kwargs.get(x) is not None}
+            new = {
+                x: kwargs[x][..., self._columns :] for x in _BY_TOKEN if kwargs.get(x) is not None
+            }
             kwargs = kwargs | new
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if self.step is None or self.step.columns:

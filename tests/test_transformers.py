@@ -23,6 +23,7 @@ from transformers.generation import (
     GenerateDecoderOnlyOutput,
     RepetitionPenaltyLogitsProcessor,
 )
+from transformers.modeling_layers import MtpModel
 
 import pat_hf
 
@@ -274,6 +275,22 @@ def test_what_else_generate_can_do(kwargs):
     stock, pat = models
     ours = generate(pat, pat_hf.PATCache(pat, page_size=16), inputs, **kwargs)
     assert torch.equal(ours.sequences, generate(stock, None, inputs, **kwargs).sequences)
+
+
+def test_drafts_from_hidden_states(monkeypatch):
+    """MTP heads draft from the states of the whole prompt, which a warm cache must not shorten."""
+
+    def drafter(model, **kwargs):
+        torch.manual_seed(1)
+        return MtpModel(model, 2).eval()
+
+    monkeypatch.setattr(MtpModel, "from_pretrained", drafter)
+    (stock, _), (pat, cache) = both("DeepSeek-V3")
+    for model in (stock, pat):
+        monkeypatch.setattr(model.config, "num_mtp_layers", 2)
+    for prompt in (text(20, 1), text(20, 1) + [5, 6]):
+        ours = generate(pat, cache, batch([prompt]), use_mtp=True).sequences
+        assert torch.equal(ours, generate(stock, None, batch([prompt]), use_mtp=True).sequences)
 
 
 def test_one_cache_for_calls_of_all_kinds():
