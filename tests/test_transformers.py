@@ -282,12 +282,10 @@ def test_drafts_from_hidden_states(monkeypatch):
 
     def drafter(model, **kwargs):
         torch.manual_seed(1)
-        return MtpModel(model, 2).eval()
+        return MtpModel(model, model.config.num_mtp_layers).eval()
 
     monkeypatch.setattr(MtpModel, "from_pretrained", drafter)
     (stock, _), (pat, cache) = both("DeepSeek-V3")
-    for model in (stock, pat):
-        monkeypatch.setattr(model.config, "num_mtp_layers", 2)
     for prompt in (text(20, 1), text(20, 1) + [5, 6]):
         ours = generate(pat, cache, batch([prompt]), use_mtp=True).sequences
         assert torch.equal(ours, generate(stock, None, batch([prompt]), use_mtp=True).sequences)
