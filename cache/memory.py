@@ -46,7 +46,7 @@ class Memory:
 
         Args:
             index: the layer's number.
-            pages: how many, at least as many as before.
+            pages: how many; what lies behind them is lost.
             shapes: what a page consists of; the parts of a page lie side by side.
             dtype, device: of the parts.
 
@@ -68,7 +68,8 @@ class Memory:
             self.moves += 1
             parts = [torch.empty((pages, *shape), dtype=dtype, device=device) for shape in shapes]
             for part, held in zip(parts, self._parts.get(index, ()), strict=False):
-                part[: len(held)] = held
+                both = min(len(held), pages)
+                part[:both] = held[:both]
             self._parts[index] = parts
             return parts
 

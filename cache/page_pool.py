@@ -93,10 +93,12 @@ class PagePool:
     def reserve(self, count: int) -> None:
         """Makes sure that `count` pages are free, enlarging every layer once.
 
-        A pool in use grows by an eighth at least, which keeps copies of what it holds rare.
+        A pool in use grows by an eighth, if there is memory for it, which keeps copies of what it
+        holds rare.
 
         Raises:
             PoolExhausted: if the limit doesn't allow it.
+            torch.OutOfMemoryError: if the device doesn't; the pool is as before.
         """
         missing = count - len(self._free)
         if missing <= 0:
@@ -108,15 +110,24 @@ class PagePool:
                 f"{count} more are needed.",
                 missing=size - 1 - self.limit,
             )
+        ample = size
         if self.used:
             eighth = len(self.references) + len(self.references) // 8
-            size = max(size, eighth if self.limit is None else min(eighth, self.limit + 1))
-            missing = size - len(self.references)
+            ample = max(size, eighth if self.limit is None else min(eighth, self.limit + 1))
+        try:
+            self._grow(ample)
+        except torch.OutOfMemoryError:
+            if ample == size:
+                raise
+            self._grow(size)
+
+    def _grow(self, size: int) -> None:
         for index, layer in self.layers.items():
             self.layers[index] = self._layer(index, size, *layer)
         # Last: should memory run out above, the pages are as many as they were.
-        self._free[:0] = range(size - 1, len(self.references) - 1, -1)
-        self.references = np.concatenate([self.references, np.zeros(missing, np.int32)])
+        held = len(self.references)
+        self._free[:0] = range(size - 1, held - 1, -1)
+        self.references = np.concatenate([self.references, np.zeros(size - held, np.int32)])
 
     def extend(self, nodes: Iterable[tuple[Node, int]]) -> None:
         """Gives nodes the pages for all their tokens, or none of them any.

@@ -237,6 +237,7 @@ class PATCache(Cache):
 
     def reset(self) -> None:
         """Forgets everything, pins and counts included, and gives the memory back."""
+        self._workspace.forget()
         self.store = self.store.empty()
         self._clear()
         self._count()
@@ -252,8 +253,11 @@ class PATCache(Cache):
         count = -count if count <= 0 else max(0, self._columns - count)
         if self._decoder is not None and self._decoder.deferred:
             self._decoder.end_step(undone=count > 0)
-        if count == 0:
-            return
+        if count:
+            self._cut(count)
+
+    def _cut(self, count: int) -> None:
+        """Removes the last `count` tokens of every request."""
         self._withdraw()
         keep = max(0, self._columns - count)
         removed = self._tokens()[:, keep:].sum(1)
@@ -397,8 +401,21 @@ class PATCache(Cache):
         """A forward of the model on this cache, by a graph where there is one for it.
 
         Notes the ids it is fed: only with them can generated tokens be shared with later prompts,
-        and neither `update` nor the mask function is told them.
+        and neither `update` nor the mask function is told them. Of a forward that breaks off,
+        nothing stays: some layers may have stored its tokens and others not.
         """
+        columns, fed = self._columns, len(self._fed)
+        try:
+            return self._run(forward, args, kwargs)
+        except BaseException:
+            if self._columns > columns:
+                self._cut(self._columns - columns)
+            else:
+                self._withdraw()
+                del self._fed[fed:]
+            raise
+
+    def _run(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.repeated and kwargs.get("output_hidden_states"):
             self.clear()  # MTP and DFlash draft from the states of the whole prompt
         elif self.repeated:
@@ -609,7 +626,7 @@ class PATCache(Cache):
         step = None
         if length == 1:
             step = self._workspace.steps.get((device, batch))
-        if step is None or not step.fits(plan):
+        if step is None or not plan.fits(step.tensor.shape[2:]):
             capacity = plan.shape
             if length == 1 and self._decoder is not None and self._decoder.mode != "eager":
                 # As large as it gets in this call, and some more for forks and other prompts.

@@ -63,18 +63,13 @@ class Step:
         self.columns, self.real, self.grown = columns, real, grown or {}
         self.asked = False  # whether the mask function was called
         self.written: set[int] = set()  # layers that have stored their K and V
-        source = plan.tensor("cpu", tuple(self.tensor.shape[2:]))
-        self.tensor.copy_(staged(source, self.tensor.device), non_blocking=True)
+        source = plan.elements(self.tensor.shape[2:])
+        held = self.tensor.view(-1)[: len(source)]
+        held.copy_(staged(source, self.tensor.device), non_blocking=True)
         for targets in self._targets.values():
             source = staged(torch.from_numpy(np.stack([pages, slots])), targets.device)
             targets.copy_(source, non_blocking=True)
         return self
-
-    def fits(self, plan: Plan) -> bool:
-        """Whether the plan fits the capacity."""
-        return all(
-            need <= have for need, have in zip(plan.shape, self.tensor.shape[2:], strict=True)
-        )
 
     def targets(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Pages and slots, on a layer's device."""

@@ -35,7 +35,6 @@ class Tile(NamedTuple):
         per_sm: programs that are resident on a streaming multiprocessor.
         stream_q: whether every step fetches its queries, like its keys; else the first step of a
             block does, and they are kept in registers.
-        registers: the most that a thread may have.
     """
 
     m: int
@@ -44,22 +43,22 @@ class Tile(NamedTuple):
     stages: int
     per_sm: int
     stream_q: bool = False
-    registers: int | None = None
 
 
 def tiles(itemsize: int, dim: int, major: int, rows: int) -> tuple[Tile, ...]:
     """One for each shape of `Machine.gpu`; for GPUs of compute capability `major`.
 
-    Of few rows, blocks are short, and a wide tile is the sooner under way the smaller it is.
+    The large tiles are Hopper's: others have less shared memory, or products of another kind. Of
+    few rows, blocks are short, and a wide tile is the sooner under way the smaller it is.
     """
     if itemsize == 4:
         return (Tile(16, 32, 4, 2, 2, stream_q=True),) * 3
     if dim > 128:
         wide = Tile(32, 32, 4, 2, 2, stream_q=True)
         return (Tile(16, 32, 4, 2, 2, stream_q=True), wide, wide)
-    if major < 9:
+    if major != 9:
         return (
-            Tile(16, 32, 2, 3, 3, stream_q=True),
+            Tile(16, 32, 2, 2, 4, stream_q=True),
             Tile(64, 32, 4, 2, 2, stream_q=True),
             Tile(128, 32, 8, 2, 1, stream_q=True),
         )
@@ -88,14 +87,14 @@ def _past(p_step, advance, window, USE_WINDOW: tl.constexpr):
 @triton.jit
 def _rows(p_rows, p_step, o_r, G: tl.constexpr):
     """A block's query rows, [BM]; -1 if there are fewer."""
-    m_r = o_r < tl.load(p_step + 6) // 4 * G
+    m_r = o_r < tl.load(p_step + 6) // 2 * G
     return tl.load(p_rows + tl.load(p_step + 4) + o_r // G, mask=m_r, other=-1)
 
 
 @triton.jit
 def _load_queries(q, i_r, o_k, i_hq, sq_r, sq_h, K: tl.constexpr):
     """Queries of the rows i_r and heads i_hq, [BM, BK]."""
-    p_q = q + (i_r.to(tl.int64) * sq_r + i_hq * sq_h)
+    p_q = q + (i_r.to(tl.int64) * sq_r + i_hq.to(tl.int64) * sq_h)
     m_q = (i_r >= 0)[:, None] & (o_k < K)[None, :]
     return tl.load(p_q[:, None] + o_k[None, :], mask=m_q, other=0.0)
 
@@ -156,7 +155,7 @@ def _finish(
     USE_SINKS: tl.constexpr,
 ):
     """Stores a block's partials from `slot` on; if that is -1, its rows' output."""
-    m_r = o_r < rows // 4 * G
+    m_r = o_r < rows // 2 * G
     if slot >= 0:
         o_p = (slot + o_r // G).to(tl.int64) * (H * G) + i_hq
         b_scale = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
@@ -301,7 +300,7 @@ def forward_kernel(
                     b_q = _load_queries(q, i_q, o_k, i_hq, sq_r, sq_h, K)
 
             # What a step needs is read a step ahead, the places of the rows' numbers two.
-            i_r = tl.load(p_rows + row + o_r // G, mask=o_r < rows // 4 * G, other=-1)
+            i_r = tl.load(p_rows + row + o_r // G, mask=o_r < rows // 2 * G, other=-1)
             i_next = tl.minimum(i + 1, end - 1)
             p_next = p_steps + (i_next // PIECES) * STEP
             seen, past = _seen(p_next, advance), _past(p_next, advance, window, USE_WINDOW)
@@ -429,7 +428,7 @@ def forward(
             USE_WINDOW=window is not None, USE_SOFTCAP=softcap is not None,
             USE_SINKS=sinks is not None, IS_FLOAT32=q.dtype == torch.float32,
             STREAM_Q=tile.stream_q, USE_PDL=pdl,
-            num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+            num_warps=tile.warps, num_stages=tile.stages,
             **({"launch_pdl": bool(launches)} if pdl else {}),
         )  # fmt: skip
         launches.append((forward_kernel, (processors * tile.per_sm,), arguments, options))
@@ -445,7 +444,7 @@ def forward(
     if q.is_cuda:
         layout = (*k_pages.shape[1:], *k_pages.stride(), *v_pages.shape[1:], *v_pages.stride())
         used = (window is None, softcap is None, sinks is None, row_stride % 16)
-        _compile(launches, (q.device, q.dtype, query_heads, len(launches), *layout, *used))
+        _compile(launches, (q.device, q.dtype, query_heads, *choice, *layout, *used))
     for kernel, grid, arguments, options in launches:
         kernel[grid](*arguments, **options)
     return out

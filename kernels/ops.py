@@ -107,16 +107,14 @@ def _attention(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
+    options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
     if backend(q.device) == "triton":
         from pat_hf.kernels import forward
 
-        function = forward.forward
-    else:
-        function = cpu.attention
-    with torch.cuda.device_of(q):  # Triton launches on the current device
-        return function(
-            q, k_pages, v_pages, plan, scale=scale, window=window, softcap=softcap, sinks=sinks
-        )
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            return forward.forward(q, k_pages, v_pages, plan, **options)
+    with torch.autocast(q.device.type, enabled=False):  # it would round partial sums
+        return cpu.attention(q, k_pages, v_pages, plan, **options)
 
 
 @_attention.register_fake

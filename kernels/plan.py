@@ -99,7 +99,11 @@ class Machine:
 
     @staticmethod
     def gpu(processors: int) -> Machine:
-        """As many programs as `forward.tiles` has resident on `processors` multiprocessors."""
+        """As many programs as `forward.tiles` has resident on `processors` multiprocessors.
+
+        That is for 16-bit K and V of dims up to 128 on Hopper; elsewhere a program may have two
+        lanes to run, or none.
+        """
         return Machine(
             (
                 Shape(16, 32, 4 * processors, 128),
@@ -131,9 +135,9 @@ class Tables(NamedTuple):
         steps: [T, 7 + chunks] first position; tokens; tokens up to the furthest row's position and
             up to the hindmost row's, as planned, whether they are in the tile or not; the block's
             first row (into `rows`); where that row's partial goes, those of the others behind it,
-            or -1: the block is its rows' only one; four times the number of rows, plus 1 in the
-            first step of a block, plus 2 in the last; and of each chunk, the page times the page
-            size plus the slot of its first token.
+            or -1: the block is its rows' only one; twice the number of rows, plus 1 in the first
+            step of a block; and of each chunk, the page times the page size plus the slot of its
+            first token.
         blocks: [B, 4] first row, end row (into `rows`), first step, end step.
         rows: [K] query rows, B * T of q [B, heads, T, dim] counted as b * T + t.
         slots: the partials of row r are slots[merge_ptr[r]:merge_ptr[r+1]].
@@ -197,31 +201,46 @@ class Plan:
     def _size(self) -> int:
         return sum(_aligned(getattr(self.tables, name).size) for name in _TABLES)
 
-    def tensor(
-        self, device: torch.device | str, capacity: tuple[int, int] | None = None
-    ) -> torch.Tensor:
-        """The plan as one tensor.
-
-        Args:
-            device: where to.
-            capacity: (C, W) of the tensor, to overwrite another plan's; the smallest if `None`.
+    def tensor(self, device: torch.device | str) -> torch.Tensor:
+        """The plan as the smallest tensor that holds it.
 
         Returns:
             int32 [1, 1, C, W].
 
         Raises:
-            ValueError: if the plan doesn't fit `capacity`, or was made for another machine than the
-                GPU it is sent to.
+            ValueError: if the plan was made for another machine than the GPU it is sent to.
         """
         self._check_machine(torch.device(device))
-        height, width = capacity or self.shape
-        if width < self._width or (height - 2) * width < self._size:
+        height, width = self.shape
+        elements = self.elements(self.shape)
+        whole = torch.nn.functional.pad(elements, (0, height * width - len(elements)))
+        return whole.view(1, 1, height, width).to(device)
+
+    def fits(self, capacity: tuple[int, int]) -> bool:
+        """Whether a tensor of (C, W) holds the plan."""
+        height, width = capacity
+        return width >= self._width and (height - 2) * width >= self._size
+
+    def elements(self, capacity: tuple[int, int]) -> torch.Tensor:
+        """What to overwrite a tensor with, that it is this plan's.
+
+        Args:
+            capacity: (C, W) of the tensor.
+
+        Returns:
+            int32 [any], on the CPU: its first elements. Those behind them are never read.
+
+        Raises:
+            ValueError: if the plan doesn't fit.
+        """
+        if not self.fits(capacity):
             raise ValueError(
                 f"This plan needs W >= {self._width} and (C - 2) * W >= {self._size}; capacity "
-                f"(C, W) = ({height}, {width}) is too small. Take a larger one; the plan's own is "
+                f"(C, W) = {tuple(capacity)} is too small. Take a larger one; the plan's own is "
                 f"{self.shape}."
             )
-        flat = np.zeros(height * width, np.int32)
+        width = capacity[1]
+        flat = np.zeros(2 * width + self._size, np.int32)
         positions = self.tables.positions
         flat[:3] = len(positions), self.partials, self.tables.page_size
         flat[3] = positions[0] if len(positions) else 0
@@ -233,7 +252,7 @@ class Plan:
             flat[5 + 2 * i : 7 + 2 * i] = offset, table.size
             flat[offset : offset + table.size] = table.ravel()
             offset += _aligned(table.size)
-        return torch.from_numpy(flat.reshape(1, 1, height, width)).to(device)
+        return torch.from_numpy(flat)
 
     def _check_machine(self, device: torch.device) -> None:
         if device.type != "cuda":
@@ -299,8 +318,8 @@ def make_plan(
     _check(nodes, node, position, heads, page_size)
     forest = _compress(nodes, node, position)
     merged, link = _pack(forest, heads, machine)
-    packs = _runs(nodes, forest, merged, link)
-    queries = _query_tiles(nodes, forest, packs, position, page_size, heads, machine, ahead)
+    packs = _runs(forest, merged, link)
+    queries = _query_tiles(nodes, forest, packs, position, heads, machine, ahead)
     position = np.where(node < 0, _NOWHERE, position)
     return Plan(_tables(nodes, packs, queries, position, page_size, heads, machine))
 
@@ -420,7 +439,7 @@ class _Packs(NamedTuple):
     members: np.ndarray
 
 
-def _runs(nodes: Nodes, forest: _Forest, merged: np.ndarray, link: np.ndarray) -> _Packs:
+def _runs(forest: _Forest, merged: np.ndarray, link: np.ndarray) -> _Packs:
     chain, row = _climb(forest.chain, link)
     count = np.bincount(chain, minlength=len(link))
     row = row[_stable_argsort(chain, len(link))]
@@ -455,7 +474,6 @@ def _query_tiles(
     forest: _Forest,
     packs: _Packs,
     position: np.ndarray,
-    page_size: int,
     heads: Heads,
     machine: Machine,
     ahead: int | None,
@@ -554,12 +572,11 @@ def _tables(
             (3, np.minimum.reduceat(position[rows], blocks[:, 0]) + 1),
             (4, blocks[:, 0]),
             (5, np.where(partial, np.cumsum(partial * counts) - counts, -1)),
-            (6, counts * 4),
+            (6, counts * 2),
         ):
             x = np.repeat(x.astype(np.int32), lengths)
             steps[:, column] = x - where if column < 4 else x
         steps[begin, 6] += 1
-        steps[end - 1, 6] += 2
 
     shapes = np.empty((len(machine.shapes), 6), np.int32)
     shapes[:, 0] = [shape.rows for shape in machine.shapes]

@@ -39,7 +39,7 @@ def store_kernel(
         pages, slots: int64 [B * T].
     """
     i_r = tl.program_id(0).to(tl.int64)
-    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+    o_h = (tl.program_id(1) * BH + tl.arange(0, BH)).to(tl.int64)
     o_k = tl.arange(0, BK)
     o_v = tl.arange(0, BV)
     page = tl.load(pages + i_r)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -18,13 +19,13 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from pat_hf.cache.memory import Memory
+from pat_hf.cache.step import KVLength, Step
 from pat_hf.kernels.ops import store
 from pat_hf.projections import joined, lay_together
 
 if TYPE_CHECKING:
     from pat_hf.cache.page_pool import PagePool
     from pat_hf.cache.pat_cache import PATCache
-from pat_hf.cache.step import KVLength, Step
 
 logger = logging.get_logger(__name__)
 
@@ -32,6 +33,7 @@ Forward = Callable[..., ModelOutput]
 MODES = ("auto", "eager", "captured", "compiled")
 # Steps that win back what a mode costs to begin with: about 0.1 s, and 15 s.
 _CAPTURE, _COMPILE = 4, 4096
+_KEPT = 8  # graphs of other batch sizes that are kept; each holds its logits
 _INPUTS = {"input_ids", "position_ids", "attention_mask", "past_key_values"}
 
 
@@ -100,22 +102,36 @@ class Workspace:
     Attributes:
         memory: where pages lie; empty while no cache holds the workspace.
         state: of the model, and the size of pages, when the memory was last used.
-        steps: by batch, the buffers that decode steps are planned in.
-        graphs: captured decode steps, by all that they depend on.
+        steps: by device and batch, the buffers that decode steps are planned in.
+        graphs: captured decode steps by the shape of their input, and what else they depend on,
+            the model's state first; the last used are the last.
         pool: of PyTorch's allocator, for what the graphs compute: one is replayed at a time.
     """
 
     def __init__(self) -> None:
         self.memory = Memory()
         self.state: Hashable = None
-        self.steps: dict[Hashable, Step] = {}
-        self.graphs: dict[Hashable, Graph] = {}
+        self.steps: dict[tuple[torch.device, int], Step] = {}
+        self.graphs: dict[torch.Size, tuple[tuple[Hashable, ...], Graph]] = {}
         self.pool: tuple[int, int] | None = None
+
+    def make_room(self, shape: torch.Size, state: Hashable) -> None:
+        """Drops graphs of another state of the model, and the oldest, for one of `shape`."""
+        kept = [x for x, (key, _) in self.graphs.items() if key[0] == state][1 - _KEPT :]
+        self.graphs = {x: self.graphs[x] for x in kept}
+        batches = {shape[0], *(x[0] for x in kept)}
+        self.steps = {where: step for where, step in self.steps.items() if where[1] in batches}
+
+    def forget(self) -> None:
+        """Drops all graphs, and the buffers that they were captured over."""
+        self.graphs.clear()
+        self.steps.clear()
+        self.pool = None
 
 
 _free: weakref.WeakKeyDictionary[PreTrainedModel, list[Workspace]] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
-_compiling = threading.RLock()
+_capturing = threading.RLock()  # one at a time: what it sets up is the process's
 
 
 def lease(model: PreTrainedModel, holder: object) -> Workspace:
@@ -152,7 +168,7 @@ class Graph:
         compiled: bool = False,
         pool: tuple[int, int] | None = None,
     ):
-        self._given = {name: inputs[name].clone() for name in ("input_ids", "position_ids")}
+        self._given = _given_anew(inputs)
         device = inputs["input_ids"].device
         step, current = cache.step, torch.cuda.current_stream(device)
         held = Pages(cache.pool.layers, step)
@@ -160,18 +176,20 @@ class Graph:
         layers = _compiled_layers(cache.model, held) if compiled else nullcontext()
         stream = torch.cuda.Stream(device)
         stream.wait_stream(current)
-        with joined(cache.model), layers, _cublaslt():
-            with torch.cuda.stream(stream):
-                # Compiles kernels; what it stores, the first replay stores again.
-                out = forward(**inputs)
-            others = [k for k, x in out.items() if not torch.is_tensor(x) and x is not held]
-            if others:
-                raise TypeError(f"its output has {', '.join(others)}")
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph, pool, stream, "thread_local"):
-                self._out = forward(**inputs)
+        try:
+            with _capturing, joined(cache.model), layers, _cublaslt():
+                with torch.cuda.stream(stream):
+                    # Compiles kernels; what it stores, the first replay stores again.
+                    out = forward(**inputs)
+                others = [k for k, x in out.items() if not torch.is_tensor(x) and x is not held]
+                if others:
+                    raise TypeError(f"its output has {', '.join(others)}")
+                self._graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graph, pool, stream, "thread_local"):
+                    self._out = forward(**inputs)
+        finally:
+            current.wait_stream(stream)  # it may still be reading what is freed then
         self.pool = self._graph.pool()
-        current.wait_stream(stream)
 
     def __call__(self, inputs: dict[str, Any]) -> ModelOutput:
         for name, held in self._given.items():
@@ -180,6 +198,12 @@ class Graph:
         # The next replay overwrites what this one returns.
         out = {k: x.clone() if torch.is_tensor(x) else x for k, x in self._out.items()}
         return type(self._out)(**out | {"past_key_values": inputs["past_key_values"]})
+
+
+def _given_anew(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Copies of the inputs that each replay has of its own."""
+    with torch.inference_mode(False):  # tensors made in it can't be written to outside of it
+        return {name: inputs[name].clone() for name in ("input_ids", "position_ids")}
 
 
 @contextmanager
@@ -224,10 +248,12 @@ class Decoder:
             self.reason = f"up to {steps:,} steps"
         else:
             self.mode, self.reason = mode, "as asked for"
-        self._state = None
+        self._state, self._weights = None, []
         if self.mode != "eager":
             lay_together(model)
             self._state = _state(model)
+            # Nor does another thread's call move them then.
+            self._weights = [x.data for x in model.parameters()]
 
     def end_step(self, undone: bool) -> None:
         """Keeps the random numbers as they would be without the step that a late stop undoes."""
@@ -269,11 +295,11 @@ class Decoder:
         constants = {name: x for name, x in inputs.items() if name not in _INPUTS and x is not None}
         if not all(isinstance(x, (bool, int, float, str)) for x in constants.values()):
             return None
+        shape = inputs["input_ids"].shape
         while self.mode != "eager":
             key = (
-                self.mode,
                 self._state,
-                inputs["input_ids"].shape,
+                self.mode,
                 inputs["position_ids"].shape,
                 tuple(sorted(constants.items())),
                 cache.dtype,
@@ -281,14 +307,17 @@ class Decoder:
                 cache.pool.memory.moves,
                 cache.step.tensor.data_ptr(),
             )
-            if graph := workspace.graphs.get(key):
-                return graph(inputs)
             # One for a batch: what an older one was captured for is over.
-            workspace.graphs = {k: g for k, g in workspace.graphs.items() if k[2] != key[2]}
+            known, graph = workspace.graphs.pop(shape, (None, None))
+            if known == key:
+                workspace.graphs[shape] = key, graph
+                return graph(inputs)
+            del graph
+            workspace.make_room(shape, self._state)
             try:
                 compiled = self.mode == "compiled"
                 graph = Graph(forward, cache, inputs, compiled, workspace.pool)
-                workspace.graphs[key], workspace.pool = graph, graph.pool
+                workspace.graphs[shape], workspace.pool = (key, graph), graph.pool
             except Exception as error:
                 self._step_down(error)
         return None
@@ -326,11 +355,17 @@ def _state(model: PreTrainedModel) -> Hashable:
     state: list[Hashable] = [str(model.get_experts_implementation())]
     for module in model.modules():
         tensors = (*module._parameters.values(), *module._buffers.values())
-        state.append((module.training, *(x.data_ptr() for x in tensors if x is not None)))
+        state.append((module.training, *(_addresses(x) for x in tensors if x is not None)))
         if hasattr(type(module), "merged"):  # PEFT's layers
             switches = (module.active_adapters, module.merged, module.disable_adapters)
-            state.append(str(switches))
+            state.append(str((*switches, vars(module).get("scaling"))))
     return hash(tuple(state))
+
+
+def _addresses(x: torch.Tensor) -> Hashable:
+    if is_traceable_wrapper_subclass(x):  # a quantised weight, say, and its scales
+        return tuple(_addresses(getattr(x, name)) for name in x.__tensor_flatten__()[0])
+    return x.data_ptr()
 
 
 @contextmanager
@@ -344,7 +379,7 @@ def _compiled_layers(model: PreTrainedModel, held: Pages) -> Iterator[None]:
     ]
     # Every batch and kind of layer counts as a recompilation; equal sizes are a coincidence.
     limits = torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024)
-    with _compiling:
+    with _capturing:
         if not layers or any("forward" in vars(layer) for layer in layers):
             raise TypeError("its decoder layers can't be told or have forwards of their own")
         if len(held.layers) < len(layers):

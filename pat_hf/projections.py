@@ -33,12 +33,14 @@ def lay_together(model: nn.Module) -> None:
             for tensors in _parameters(linears):
                 if _lie_together(tensors) or not all(map(_alone, tensors)):
                     continue
-                whole = torch.cat([x.data for x in tensors])
-                if whole.is_cuda:  # other streams may still be reading them where they are
-                    torch.cuda.synchronize(whole.device)
+                before = [x.data for x in tensors]
+                whole = torch.cat(before)
                 for x, part in zip(tensors, whole.split([len(x) for x in tensors]), strict=True):
                     x.data = part
+                if whole.is_cuda:  # other streams may still be reading them where they were
+                    torch.cuda.synchronize(whole.device)
                 moved = True
+                del before
     if moved:
         torch.cuda.empty_cache()  # of where they were
 
@@ -117,7 +119,7 @@ def _parameters(linears: list[nn.Linear]) -> Iterator[list[nn.Parameter]]:
 
 
 def _lie_together(tensors: list[torch.Tensor]) -> bool:
-    return all(
+    return all(type(x.data) is torch.Tensor for x in tensors) and all(
         a.is_contiguous()
         and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
         and a.data_ptr() + a.nbytes == b.data_ptr()

@@ -18,7 +18,10 @@ from peft import (
     get_peft_model,
 )
 
+from peft.helpers import rescale_adapter_scale
+
 import pat_hf
+from pat_hf import graphs
 
 from .models import batch, pair
 from .test_generate import text
@@ -258,3 +261,11 @@ def test_virtual_tokens_are_refused(config):
     words = f"{config.peft_type.value} puts virtual tokens.*DynamicCache"
     with pytest.raises(ValueError, match=words):
         generate(model, [SYSTEM], cache)
+
+
+def test_captured_steps_know_the_factors(models):
+    _, pat = models
+    before = graphs._state(pat.get_base_model())
+    with rescale_adapter_scale(pat, 0.1):
+        assert graphs._state(pat.get_base_model()) != before
+    assert graphs._state(pat.get_base_model()) == before

@@ -605,8 +605,9 @@ def test_half_precision_stays_within_twice_the_error_of_sdpa():
     assert ours.mean() <= 2 * theirs.mean() + 1e-5
 
 
-def test_autocast_computes_in_its_dtype_as_sdpa_does():
-    stock, pat = pair("Llama")
+@pytest.mark.parametrize("name", ["Llama", "Gemma 2", "DeepSeek-V3"])
+def test_autocast_computes_in_its_dtype_as_sdpa_does(name):
+    stock, pat = pair(name)
     inputs = batch(BATCHES["two-levels"])
     forced = torch.tensor([text(4, r) for r in range(4)])
     exact = _forced(stock, inputs, forced, None)

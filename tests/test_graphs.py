@@ -31,7 +31,7 @@ class Rerun(graphs.Graph):
     def __init__(self, forward, cache, inputs, compiled=False, pool=None):
         Rerun.made += 1
         self._forward, self._cache, self._compiled = forward, weakref.ref(cache), compiled
-        self._given = {name: inputs[name].clone() for name in ("input_ids", "position_ids")}
+        self._given = graphs._given_anew(inputs)
         self._inputs = {k: x for k, x in inputs.items() if k != "past_key_values"}
         self._step = cache.step
         self._address = cache.step.tensor.data_ptr()
@@ -105,6 +105,44 @@ def test_one_capture_serves_a_call_and_the_next_one(rerun, mode):
             assert torch.equal(ours, theirs)
     assert Rerun.made == 1
     assert rerun.frame_count == 0
+
+
+def test_a_capture_in_inference_mode_serves_outside_of_it(rerun):
+    stock, pat = pair("Llama")
+    cache = pat_hf.PATCache(pat, page_size=16, decode="captured")
+    generate(pat, prompts(0), cache)  # on the CPU, pages move until there are enough
+    with torch.inference_mode():
+        generate(pat, prompts(1), cache)
+    made = Rerun.made
+    assert torch.equal(generate(pat, prompts(2), cache), generate(stock, prompts(2)))
+    assert Rerun.made == made
+
+
+def test_few_graphs_are_kept_and_none_after_reset(rerun):
+    _, pat = pair("Llama")
+    cache = pat_hf.PATCache(pat, page_size=16, decode="captured")
+    for size in range(1, 12):
+        inputs = {name: x[:1].expand(size, -1) for name, x in prompts(0).items()}
+        generate(pat, inputs, cache, max_new_tokens=4)
+    kept = cache._workspace
+    assert [shape[0] for shape in kept.graphs] == [*range(4, 12)]
+    assert {batch for _, batch in kept.steps} == {*range(4, 12)}
+    cache.reset()
+    assert not kept.graphs and not kept.steps
+
+
+def test_requests_in_turn_have_one_plan_buffer(rerun):
+    """A plan goes where another one was if it fits, whatever the proportions of both."""
+    _, pat = pair("Llama")
+    cache = pat_hf.PATCache(pat, page_size=16, decode="captured")
+    shared = prompts(1)
+    apart = batch(np.random.default_rng(5).integers(2, VOCABULARY, (3, 40)).tolist())
+    for inputs in (shared, apart, shared, apart):
+        generate(pat, inputs, cache, max_new_tokens=4)
+    made = Rerun.made
+    for inputs in (shared, apart):
+        generate(pat, inputs, cache, max_new_tokens=4)
+    assert Rerun.made == made
 
 
 class Event:

@@ -85,8 +85,7 @@ def assert_consistent(tables, heads, machine, page_size):
             assert (tiles[:, 3] == position.min() + 1 - tiles[:, 0]).all()
             assert (tiles[:, 4] == row).all() and (tiles[:, 5] == tiles[0, 5]).all()
             assert tiles[:, 6].tolist() == [
-                4 * (end_row - row) + (tile == first) + 2 * (tile == last - 1)
-                for tile in range(first, last)
+                2 * (end_row - row) + (tile == first) for tile in range(first, last)
             ]
     # A result is a row's only one, or one of its partials.
     owner = np.full(len(tables.slots), -1)
@@ -248,13 +247,16 @@ def test_tensor_holds_the_tables():
 def test_tensor_of_a_given_capacity():
     plan = plan_of(nodes_of([0, 1, 1], [100, 30, 40]), [1, 2])
     height, width = plan.shape
-    for capacity in (plan.shape, (height + 3, width), (height, 2 * width)):
-        tensor = plan.tensor("cpu", capacity)
-        assert tensor.shape == (1, 1, *capacity)
+    for capacity in (plan.shape, (height + 3, width), (height, 2 * width), (3, 9 * width)):
+        assert plan.fits(capacity)
+        tensor = torch.full((1, 1, *capacity), -1, dtype=torch.int32)
+        elements = plan.elements(capacity)
+        tensor.view(-1)[: len(elements)] = elements
         assert np.array_equal(Plan.read(tensor).blocks, plan.tables.blocks)
     for capacity in ((height - 1, width), (height, width // 2), (2, width)):
+        assert not plan.fits(capacity)
         with pytest.raises(ValueError, match=r"needs W >= .* too small"):
-            plan.tensor("cpu", capacity)
+            plan.elements(capacity)
 
 
 @pytest.mark.parametrize(

@@ -364,6 +364,35 @@ def test_pool_limit_leaves_everything_as_it_was():
     batch.check()
 
 
+@pytest.mark.parametrize("most", [105, 102])
+def test_growth_takes_what_memory_there_is(monkeypatch, most):
+    """It asks for an eighth more, then for what is needed; a failure half way changes nothing."""
+    pool = PagePool(PAGE)
+    at = torch.zeros(1, dtype=torch.int64)
+    pool.reserve(100)
+    for layer in range(2):
+        pool.write(layer, torch.full((1, 2, 1, 8), 5.0), torch.zeros(1, 2, 1, 8), at, at)
+    pool._take()
+    resize = pool.memory.resize
+
+    def short(index, pages, *args):
+        if index == 1 and pages > most:
+            raise torch.OutOfMemoryError
+        return resize(index, pages, *args)
+
+    monkeypatch.setattr(pool.memory, "resize", short)
+    if most == 105:
+        pool.reserve(103)
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            pool.reserve(103)
+    sizes = {len(layer.keys) for layer in pool.layers.values()}
+    assert len(pool.references) == {105: 105, 102: 101}[most]
+    assert min(sizes) == len(pool.references)
+    pool.reserve(100)
+    assert all((layer.keys[0, :, 0] == 5).all() for layer in pool.layers.values())
+
+
 @pytest.mark.parametrize("size", [0, 8, 24])
 def test_page_size_is_a_power_of_two(size):
     with pytest.raises(ValueError, match=f"page_size={size}"):

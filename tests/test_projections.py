@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from transformers import AutoModelForCausalLM
 
+from pat_hf.graphs import _state
 from pat_hf.projections import joined, lay_together
 
 from .models import MODELS
@@ -81,6 +83,23 @@ def test_what_others_hold_is_left_alone(who):
     if who != "a hook of another library":
         held.zero_()
         assert not weight.any()
+
+
+def test_weights_without_memory_of_their_own_are_left_alone():
+    """As those of quantised models are."""
+    model, plain = model_of("Llama"), model_of("Llama")
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            linear = getattr(layer.self_attn, name)
+            held = TwoTensor(linear.weight.data, linear.weight.data.clone())
+            linear.weight = nn.Parameter(held, requires_grad=False)
+    before = _state(model)
+    lay_together(model)
+    with joined(model), torch.no_grad():
+        logits = model(IDS, use_cache=False).logits
+    assert torch.equal(logits.a, products(plain)[0])
+    model.model.layers[1].self_attn.q_proj.weight.b = torch.zeros(64, 64)
+    assert _state(model) != before
 
 
 def test_a_layer_that_is_asked_by_itself_answers():

@@ -246,6 +246,36 @@ def test_a_forward_that_fails_leaves_the_cache_as_it_was():
     assert torch.equal(ours, stock.generate(**inputs, max_new_tokens=3, do_sample=False))
 
 
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_a_step_that_breaks_off_stores_nothing(layer):
+    """Some layers have its K and V and others don't; a later call must not share it."""
+    stock, pat = pair("Llama")
+    cache = pat_hf.PATCache(pat)
+    kwargs = {"max_new_tokens": 12, "do_sample": False}
+    answer = stock.generate(**batch(PROMPTS[:1]), **kwargs)
+    calls = []
+
+    def fail(*args):
+        calls.append(0)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+
+    hook = pat.model.layers[layer].register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        pat.generate(**batch(PROMPTS[:1]), past_key_values=cache, **kwargs)
+    hook.remove()
+    fed = len(PROMPTS[0]) + 3  # the prompt, and three steps before the one that broke off
+    assert cache.get_seq_length() == cache.tokens == fed
+    more = {"output_logits": True, "return_dict_in_generate": True} | kwargs
+    ours, theirs = (
+        model.generate(answer, attention_mask=torch.ones_like(answer), past_key_values=c, **more)
+        for model, c in ((pat, cache), (stock, None))
+    )
+    assert cache.report().found_tokens == fed
+    assert torch.equal(ours.sequences, theirs.sequences)
+    torch.testing.assert_close(ours.logits[0], theirs.logits[0], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kwargs", [{"page_size": 20}, {"max_tokens": 3}, {"prefill_tokens": 0}])
 def test_arguments(kwargs):
     _, pat = pair("Llama")
