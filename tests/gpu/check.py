@@ -23,12 +23,17 @@ from trees import Case, nodes_of, pools  # noqa: E402
 
 from pat_hf.kernels import naive  # noqa: E402
 from pat_hf.kernels.forward import forward  # noqa: E402
-from pat_hf.kernels.plan import Heads, Machine, make_plan  # noqa: E402
+from pat_hf.kernels.plan import Heads, Machine, Plan, make_plan  # noqa: E402
 from pat_hf.kernels.store import store  # noqa: E402
 
 
 class Check(NamedTuple):
-    """One feature combination; the tree is drawn from the seed."""
+    """One feature combination; the tree is drawn from the seed.
+
+    Attributes:
+        advance: by how much rows have moved on since the plan was made.
+        processors: that the plan is cut for; the fewer, the more blocks a lane has.
+    """
 
     seed: int
     dtype: torch.dtype = torch.float16
@@ -42,15 +47,20 @@ class Check(NamedTuple):
     nodes: int = 12
     longest: int = 150
     rows: int = 9
+    advance: int = 0
+    processors: int = 132
 
 
 SMALL = [
-    Check(0, nodes=6, rows=5),
+    Check(0, nodes=6, rows=5, advance=7),
     Check(1, heads=(6, 2), dims=(80, 48), page_size=16, length=2, window=40, nodes=5, rows=3),
     Check(2, torch.float16, heads=(5, 1), softcap=2.0, sinks=True, nodes=5, rows=4),
     Check(3, torch.float32, heads=(2, 2), dims=(16, 24), page_size=64, length=3, nodes=5, rows=3),
     Check(4, heads=(16, 1), nodes=4, rows=12, sinks=True, longest=60),
     Check(5, torch.float32, (16, 1), (16, 16), window=30, nodes=3, rows=6, longest=200),
+    Check(6, heads=(16, 1), window=30, softcap=2.0, nodes=4, rows=24, processors=1, advance=3),
+    Check(7, heads=(8, 1), sinks=True, nodes=3, rows=3, longest=900),
+    Check(8, heads=(160, 1), dims=(16, 16), nodes=3, rows=3, longest=50),
 ]
 LARGE = [
     *(Check(10 + d, dims=(d, d)) for d in (64, 80, 96, 128, 192, 256)),
@@ -71,25 +81,29 @@ LARGE = [
             )
         )
     ),
-    Check(200, heads=(32, 4), dims=(128, 128), nodes=5, longest=3000, rows=900),
+    Check(200, heads=(32, 4), dims=(128, 128), nodes=5, longest=3000, rows=900, advance=20),
     Check(201, heads=(64, 8), dims=(128, 128), nodes=300, longest=90, rows=300, length=3),
-    Check(202, torch.bfloat16, (8, 2), (96, 80), 16, window=200, softcap=3.0, rows=600),
+    Check(202, torch.bfloat16, (8, 2), (96, 80), 16, window=200, softcap=3.0, rows=600, advance=9),
     Check(203, heads=(16, 2), dims=(128, 128), page_size=128, sinks=True, longest=900, rows=700),
 ]
 
 
 def draw(check: Check) -> Case:
-    """A random tree of depth up to 8 with ragged nodes, rows anywhere, one of them unseeing."""
+    """A random tree of depth up to 8 with ragged nodes, rows anywhere, one of them unseeing.
+
+    The positions are those of the plan.
+    """
     generator = np.random.default_rng(check.seed)
     depths, lengths = [0], []
     for _ in range(check.nodes - 1):
         depths.append(int(generator.integers(0, min(depths[-1] + 1, 7) + 1)))
     lengths = generator.integers(1, generator.choice([20, check.longest], check.nodes) + 1)
     nodes = nodes_of(depths, lengths.tolist(), check.page_size)
-    node = generator.integers(0, check.nodes, check.rows)
+    node = generator.choice(np.flatnonzero(nodes.length > check.advance), check.rows)
     node[-1] = -1
     node = np.repeat(node, check.length)
-    inside = generator.integers(0, 1 << 20, len(node)) % np.where(node < 0, 1, nodes.length[node])
+    ahead = np.where(node < 0, 1, nodes.length[node] - check.advance)
+    inside = generator.integers(0, 1 << 20, len(node)) % ahead
     position = np.where(node < 0, 0, nodes.start[node] + inside)
     heads = Heads(*check.heads, *check.dims, torch.finfo(check.dtype).bits // 8)
     return Case(nodes, node, position, heads, check.page_size, check.length)
@@ -98,17 +112,17 @@ def draw(check: Check) -> Case:
 def run(check: Check, device: torch.device, repeat: int) -> tuple[float, float]:
     """The kernels' error and its bound: twice that of PyTorch in the same dtype, plus 1e-5."""
     case = draw(check)
+    plan = make_plan(*case[:5], Machine.gpu(check.processors)).tensor(device)
+    Plan.positions(plan).add_(check.advance)
+    case = case._replace(position=case.position + check.advance)
     q, k, v = pools(case, check.dtype, seed=check.seed)
     if check.seed % 2:  # as Transformers has it
         q = q.transpose(1, 2).contiguous().transpose(1, 2)
     sinks = torch.randn(check.heads[0]) if check.sinks else None
     options = {"scale": check.dims[0] ** -0.5, "window": check.window, "softcap": check.softcap}
-    plan = make_plan(
-        case.nodes, case.node, case.position, case.heads, case.page_size, Machine.gpu(132)
-    ).tensor(device)
     k_pool, v_pool = k.to(device), v.to(device)
     moved = None if sinks is None else sinks.to(device)
-    _poison(q.to(device))
+    _poison(device)
     outs = [
         forward(q.to(device), k_pool, v_pool, plan, sinks=moved, **options).cpu()
         for _ in range(repeat)
@@ -117,10 +131,9 @@ def run(check: Check, device: torch.device, repeat: int) -> tuple[float, float]:
         return float("inf"), 0.0
     tree = (case.nodes, case.node, case.position)
     exact = naive.attention(q, k, v, *tree, sinks=sinks, **options)
-    rounded = naive.attention(q, k, v, *tree, sinks=sinks, **options).to(check.dtype)
-    spread = _spread(case, q, k, v, sinks, options, check.dtype)
+    rounding = (exact.to(check.dtype).double() - exact).abs().max().item()
     error = (outs[0].double() - exact).abs().max().item()
-    least = max((rounded.double() - exact).abs().max().item(), spread)
+    least = max(rounding, _spread(case, q, k, v, sinks, options, check.dtype))
     return error, 2 * least + 1e-5
 
 
@@ -171,10 +184,12 @@ def _spread(case, q, k, v, sinks, options, dtype) -> float:
     return worst
 
 
-def _poison(like: torch.Tensor) -> None:
+def _poison(device: torch.device) -> None:
     """Fills the memory that the next allocations get with NaN."""
-    if like.is_cuda:
-        held = [torch.full((1 << n,), torch.nan, device=like.device) for n in range(8, 24)]
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+    else:
+        held = [torch.full((1 << n,), torch.nan, device=device) for n in range(8, 24)]
         del held
 
 
