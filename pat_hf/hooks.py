@@ -111,7 +111,7 @@ def install() -> None:
         self: PreTrainedModel, input_ids: torch.Tensor, *args: Any, **kwargs: Any
     ) -> Any:
         cache = kwargs.get("past_key_values")
-        if isinstance(cache, PATCache):
+        if isinstance(cache, PATCache) and len(input_ids) == 1:  # or it is refused
             cache.check(self)
             config, mask = kwargs["generation_config"], kwargs.get("attention_mask")
             if not _whole(input_ids, mask, config):
