@@ -123,14 +123,14 @@ def install() -> None:
             reason = _unshareable(self, cache, input_ids, inputs)
             if reason is None and inputs.get("inputs_embeds") is not None:
                 reason = "assisted decoding is fed embeddings with its first candidates"
+            ids, seen = input_ids[:, :-1], None if mask is None else mask[:, :-1]
             if reason is not None:
                 _share_nothing(cache, reason)
-            elif input_ids.shape[1] > 1:
+            elif ids.numel() and (seen is None or seen.any()):
                 # The first step has no prefill before it. It is fed the whole prompt, which ends
                 # with the one token that is not stored.
-                seen = None if mask is None else mask[:, :-1]
                 steps = config.max_length - input_ids.shape[1]
-                prefill(self, cache, input_ids[:, :-1], seen, config.prefill_chunk_size, steps)
+                prefill(self, cache, ids, seen, config.prefill_chunk_size, steps)
                 cache.repeated = True
             else:
                 cache.clear()

@@ -348,6 +348,12 @@ def test_assisted_decoding_reuses_and_keeps(mode):
         cache.pool.check(cache.prefixes)
         return ours[0].tolist(), cache.prefilled - before
 
+    padded = batch([[3], [4, 5, 6]])
+    ours, theirs = (
+        m.generate(**{name: x[:1] for name, x in padded.items()}, past_key_values=c, **mode)
+        for m, c in ((pat, cache_of()), (stock, None))
+    )
+    assert torch.equal(ours, theirs)
     for given in (text(20, 1), [3], SYSTEM[:10] * 3):
         answered, computed = added(given)
         assert computed == len(given) - 1  # the first candidates come with the last token
