@@ -17,7 +17,6 @@ from peft import (
     VeraConfig,
     get_peft_model,
 )
-
 from peft.helpers import rescale_adapter_scale
 
 import pat_hf
