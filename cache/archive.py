@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
+from pat_hf import adapters
 from pat_hf.cache.page_pool import PagePool
 from pat_hf.cache.prefix_tree import Node, PrefixTree
 
@@ -34,12 +35,12 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     are weights whose values aren't in memory.
     """
     config = model.config.get_text_config(decoder=True)
-    weights = hashlib.sha256()
+    weights, added = hashlib.sha256(), adapters.weights(model)
     for name, tensor in model.named_parameters():
-        name = name.replace(".base_layer", "")
-        if ".lora_" in name or "modules_to_save" in name:
+        parts = [x for x in name.split(".") if x not in adapters.WRAPPERS]
+        if added.intersection(parts):
             continue
-        weights.update(f"{name.replace('.original_module', '')} {list(tensor.shape)}".encode())
+        weights.update(f"{'.'.join(parts)} {list(tensor.shape)}".encode())
         if not tensor.is_meta:
             flat = tensor.detach().flatten()
             ends = torch.cat([flat[:_SAMPLE], flat[-_SAMPLE:]]).cpu().contiguous()

@@ -78,7 +78,7 @@ class PATCache(Cache):
         super().__init__(layers=[])
         self.prefill_tokens = prefill_tokens
         self.decode = decode
-        self._workspace = lease(self._model(), self)
+        self._workspace = lease(self.model, self)
         self.store = Store(page_size, max_tokens, keep_bytes, self._workspace.memory)
         self._decoder: Decoder | None = None
         self._tuned: list[weakref.ref[nn.Module]] = []  # layers with adapters
@@ -290,8 +290,9 @@ class PATCache(Cache):
         self.step = None
 
     def __deepcopy__(self, memo: dict) -> PATCache:
+        self._withdraw()
         twin = copy.copy(self)
-        twin._workspace = lease(self._model(), twin)
+        twin._workspace = lease(self.model, twin)
         twin.store = self.store.copy(twin._workspace.memory)
         twin._mask, twin._ended = self._mask.copy(), self._ended.copy()
         twin._fed = list(self._fed)
@@ -349,8 +350,8 @@ class PATCache(Cache):
         """What the adapters are that compute each row now."""
         return adapters.families(self.tuned, batch)
 
-    def _find_adapters(self, model: PreTrainedModel) -> None:
-        self._tuned = [weakref.ref(layer) for layer in adapters.layers(model)]
+    def _find_adapters(self) -> None:
+        self._tuned = [weakref.ref(layer) for layer in adapters.layers(self.model)]
 
     @property
     def tuned(self) -> list[nn.Module]:
@@ -493,7 +494,7 @@ class PATCache(Cache):
         Raises:
             ValueError: if it isn't, or the model's attention has been changed since.
         """
-        if model is not self._model():
+        if model is not self.model:
             raise ValueError(
                 f"This PATCache was made for another model than this {type(model).__name__}, "
                 "and one model's keys and values mean nothing to another. Make one for each: "
@@ -501,7 +502,7 @@ class PATCache(Cache):
             )
         _supported_config(model)
         adapters.refuse_virtual_tokens(model)
-        self._find_adapters(model)
+        self._find_adapters()
         if self.pool.layers and model.dtype != self.dtype:
             raise ValueError(
                 f"This PATCache was filled in {self.dtype} and the model is now in {model.dtype}. "
@@ -509,7 +510,9 @@ class PATCache(Cache):
             )
         self.dtype = model.dtype
 
-    def begin(self, batch: int, length: int, mask: torch.Tensor | None, device: torch.device):
+    def begin(
+        self, batch: int, length: int, mask: torch.Tensor | None, device: torch.device
+    ) -> torch.Tensor:
         """Plans a forward of `length` tokens for every request; several calls plan it once.
 
         Args:
@@ -799,17 +802,9 @@ class PATCache(Cache):
     def _prompt(
         self, input_ids: torch.Tensor | np.ndarray | Sequence[int]
     ) -> tuple[np.ndarray, Hashable]:
-        if isinstance(input_ids, torch.Tensor):
-            input_ids = input_ids.cpu()
-        tokens = np.asarray(input_ids)
-        if tokens.ndim != 1 or not len(tokens) or not np.issubdtype(tokens.dtype, np.integer):
-            raise ValueError(
-                f"One prompt is asked for, as token ids [any], and {tokens.dtype} "
-                f"{list(tokens.shape)} was given. Take a row of the tokenizer's output, without "
-                "its padding: input_ids[0]."
-            )
-        self._find_adapters(self._model())
-        return tokens.astype(np.int64), self._families(1)[0]
+        tokens = token_ids(input_ids, "A prompt")
+        self._find_adapters()
+        return tokens, self._families(1)[0]
 
     def save(self, path: str | Path) -> None:
         """Writes all that is stored, the batch of the last call included, for `load`.
@@ -821,7 +816,7 @@ class PATCache(Cache):
         """
         self._withdraw()
         self._label()
-        archive.write(path, self.prefixes, self.pool, archive.fingerprint(self._model()))
+        archive.write(path, self.prefixes, self.pool, archive.fingerprint(self.model))
 
     @classmethod
     def load(cls, path: str | Path, model: PreTrainedModel, **options: Any) -> PATCache:
@@ -843,6 +838,26 @@ class PATCache(Cache):
             cache.store.keep_bytes = cache.store.pages(cache.prefixes) * cache.store.page_bytes
         cache.store.trim()
         return cache
+
+
+def token_ids(given: torch.Tensor | np.ndarray | Sequence[int], what: str) -> np.ndarray:
+    """Token ids of one text, int64 [any], at least one.
+
+    Args:
+        given: them.
+        what: they are, for the error.
+
+    Raises:
+        ValueError: if they are anything else.
+    """
+    ids = np.asarray(given.cpu() if isinstance(given, torch.Tensor) else given)
+    if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(
+            f"{what} must be a list of one token id or more, and {ids.dtype} {list(ids.shape)} was "
+            "given. Take a row of the tokenizer's output, without its padding: input_ids[0]; for a "
+            "text of no tokens, the beginning-of-text token."
+        )
+    return ids.astype(np.int64)
 
 
 def _heads(config: PretrainedConfig, dtype: torch.dtype) -> Heads:

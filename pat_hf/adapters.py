@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 BASE = "__base__"  # PEFT's name for no adapter
+WRAPPERS = ("base_layer", "original_module")  # and for what an adapter was put around
 
 
 def layers(model: nn.Module) -> list[nn.Module]:
@@ -23,6 +24,11 @@ def layers(model: nn.Module) -> list[nn.Module]:
         for module in model.modules()
         if isinstance(getattr(type(module), "disable_adapters", None), property)
     ]
+
+
+def weights(model: nn.Module) -> set[str]:
+    """What the parts of `layers` that hold adapters' weights are called."""
+    return {name for x in layers(model) for name in (*x.adapter_layer_names, *x.other_param_names)}
 
 
 def families(tuned: Sequence[nn.Module], batch: int) -> list[Hashable]:

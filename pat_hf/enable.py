@@ -20,12 +20,23 @@ def enable(model: PreTrainedModel, **options: Any) -> None:
 
     Args:
         model: a decoder-only model, with any attention implementation; it is switched to "pat".
-        options: for `PATCache`.
+        options: for `PATCache`; not `keep_bytes`.
 
     Raises:
-        ValueError: if the model's attention can't be taken over; the model is as before.
+        ValueError: if the model's attention can't be taken over, or it is enabled with other
+            options than are given; the model is as before.
     """
-    if "_pat_hf_disable" in vars(model):
+    if options.get("keep_bytes") is not None:
+        raise ValueError(
+            "keep_bytes: enable() makes a cache for each call, since weights may change between "
+            "two, so nothing is kept. Give generate() one PATCache(model, keep_bytes=...) instead."
+        )
+    if restore := vars(model).get("_pat_hf_disable"):
+        if options and options != restore.options:
+            raise ValueError(
+                f"This {type(model).__name__} is enabled with {restore.options} already, and was "
+                f"to be with {options}. Call disable() before."
+            )
         return
     attention = model.config._attn_implementation
     model.set_attn_implementation("pat")
@@ -39,7 +50,8 @@ def enable(model: PreTrainedModel, **options: Any) -> None:
     @functools.wraps(generate)
     def generate_with_pat(*args: Any, **kwargs: Any) -> Any:
         # What `generate` itself would refuse together with a cache, or not use one for.
-        config = kwargs.get("generation_config") or model.generation_config
+        given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+        config = given or model.generation_config
         for name, default in (("use_cache", True), ("cache_implementation", None)):
             if kwargs.get(name, getattr(config, name, None)) not in (default, None):
                 return generate(*args, **kwargs)
@@ -51,6 +63,7 @@ def enable(model: PreTrainedModel, **options: Any) -> None:
         del model.generate, model._pat_hf_disable
         model.set_attn_implementation(attention)
 
+    restore.options = options
     model.generate = generate_with_pat
     model._pat_hf_disable = restore
 

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from pat_hf.cache.page_pool import PoolExhausted
-from pat_hf.cache.pat_cache import PATCache, unwrapped
+from pat_hf.cache.pat_cache import PATCache, token_ids, unwrapped
 from pat_hf.cache.prefix_tree import Node, common_prefix
 from pat_hf.prefill import packed
 
@@ -49,8 +49,9 @@ def loglikelihoods(
 
     Args:
         model: a decoder-only model loaded with `attn_implementation="pat"`.
-        contexts, continuations: token ids of each pair, at least one each. Repeat a context for
-            each of its continuations.
+        contexts, continuations: token ids of each pair, at least one each: a text without a
+            context follows the beginning-of-text token. Repeat a context for each of its
+            continuations.
         cache: for its options, and for what it holds already; `None` for a new one.
 
     Returns:
@@ -80,13 +81,10 @@ def _pairs(contexts: Sequence, continuations: Sequence) -> list[_Pair]:
         )
     pairs = []
     for i, each in enumerate(zip(contexts, continuations, strict=True)):
-        context, targets = (torch.as_tensor(x).cpu().long().numpy() for x in each)
-        for name, ids in (("Context", context), ("Continuation", targets)):
-            if ids.ndim != 1 or not len(ids):
-                raise ValueError(
-                    f"{name} {i} has shape {list(ids.shape)}: it must be a list of one token id "
-                    "or more. A text without a context follows the beginning-of-text token."
-                )
+        context, targets = (
+            token_ids(x, f"{name} {i}")
+            for x, name in zip(each, ("Context", "Continuation"), strict=True)
+        )
         pairs.append(_Pair(np.concatenate([context, targets[:-1]]), targets))
     return pairs
 
@@ -143,7 +141,7 @@ def _score(
     row = row[by_row]
     values, hits = _unfilled(len(row))
     done = first = 0
-    most = max(1, _LOGITS // model.config.get_text_config(decoder=True).vocab_size)
+    most = max(1, _LOGITS // cache.config.vocab_size)
     for logits in packed(model, cache, tree, missing, wanted, most=most):
         last = int(np.searchsorted(row, done + len(logits)))
         here = torch.from_numpy(by_row[first:last])

@@ -206,7 +206,7 @@ def test_names_that_do_not_fit_the_batch(models):
     ],
     ids=lambda config: "DoRA" if getattr(config, "use_dora", False) else config.peft_type.value,
 )
-def test_adapters_of_other_kinds(config):
+def test_adapters_of_other_kinds(config, tmp_path):
     models = []
     for model in pair("Llama"):
         torch.manual_seed(1)
@@ -220,6 +220,9 @@ def test_adapters_of_other_kinds(config):
         assert same(models, cache, PROMPTS) == 52
         plain = generate(models[0], PROMPTS)
     assert not torch.equal(plain, generate(models[0], PROMPTS))
+    cache.save(tmp_path / "prompts")
+    loaded = pat_hf.PATCache.load(tmp_path / "prompts", pair("Llama")[1], page_size=16)
+    assert same(pair("Llama"), loaded, PROMPTS) == 0  # what no adapter computed
 
 
 def test_an_adapter_that_begins_inside_the_prompts():

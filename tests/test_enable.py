@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BloomConfig, DynamicCache
+from transformers import AutoModelForCausalLM, BloomConfig, DynamicCache, GenerationConfig
 
 import pat_hf
 
@@ -77,6 +77,21 @@ def test_a_cache_of_the_callers_own_is_respected():
     assert own.get_seq_length() == INPUTS["input_ids"].shape[1] + 3
     for kwargs in ({"use_cache": False}, {"cache_implementation": "static"}):
         assert torch.equal(tokens_through(model, **kwargs)[0], stock)
+    uncached = GenerationConfig(use_cache=False, max_new_tokens=2, do_sample=False)
+    ids = INPUTS["input_ids"][:1]
+    assert torch.equal(model.generate(ids, uncached), model.generate(ids, max_new_tokens=2))
+
+
+@pytest.mark.parametrize(
+    "first, second, words",
+    [({}, {"keep_bytes": 9}, "keep_bytes.*each call"), ({}, {"page_size": 64}, "disable")],
+)
+def test_options_that_would_do_nothing(first, second, words):
+    model = copy.deepcopy(pair("Llama")[0])
+    pat_hf.enable(model, **first)
+    pat_hf.enable(model)
+    with pytest.raises(ValueError, match=words):
+        pat_hf.enable(model, **second)
 
 
 def test_a_model_that_cannot_be_taken_over_is_left_as_it_was():

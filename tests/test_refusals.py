@@ -227,7 +227,8 @@ def test_memory_that_runs_out_leaves_a_usable_cache(monkeypatch, prompts, left):
     assert torch.equal(ours, stock.generate(**inputs, **kwargs))
 
 
-def test_a_forward_that_fails_leaves_the_cache_as_it_was():
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_forward_that_fails_leaves_the_cache_as_it_was(copied):
     stock, pat = pair("Llama")
     inputs = batch(PROMPTS)
     cache = pat_hf.PATCache(pat)
@@ -240,6 +241,8 @@ def test_a_forward_that_fails_leaves_the_cache_as_it_was():
     with pytest.raises(KeyboardInterrupt):
         pat(torch.full((2, 1), 5), past_key_values=cache)
     hook.remove()
+    if copied:
+        cache = copy.deepcopy(cache)
     cache.reorder_cache(torch.tensor([1, 0]))
     assert [cache.prefixes.length(r) for r in range(2)] == [5, 6]
     ours = pat.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)
