@@ -510,6 +510,26 @@ class PATCache(Cache):
             )
         self.dtype = model.dtype
 
+    def check_gaps(self, mask: np.ndarray) -> None:
+        """Makes sure that a mask has no padding that windows would count as tokens.
+
+        Args:
+            mask: bool [any, columns].
+
+        Raises:
+            ValueError: if there is padding behind a token and in front of another, and the model's
+                layers have windows.
+        """
+        column = np.arange(mask.shape[1])
+        last = mask.shape[1] - 1 - mask[:, ::-1].argmax(1)
+        gaps = ~mask & (column > mask.argmax(1)[:, None]) & (column < last[:, None])
+        if gaps.any() and _windowed(self.config):
+            raise ValueError(
+                f"There is padding at column {np.argwhere(gaps)[0][1]}, between the tokens of a "
+                f"prompt. {type(self.model).__name__} has windows, in which Transformers counts "
+                "it. Give all prompts whole, padded on the left: what is stored of them is found."
+            )
+
     def begin(
         self, batch: int, length: int, mask: torch.Tensor | None, device: torch.device
     ) -> torch.Tensor:
@@ -595,6 +615,7 @@ class PATCache(Cache):
         batch, length = real.shape
         padded, alive = not real.all(), self._ended > self._columns
         real = real & alive[:, None]
+        self.check_gaps(np.concatenate([self._tokens(), real], 1)[real.any(1)])
         counts = real.sum(1)
         position = np.array([self.prefixes.length(r) for r in range(batch)])[:, None]
         position = position + np.cumsum(real, 1) - 1
@@ -858,6 +879,13 @@ def token_ids(given: torch.Tensor | np.ndarray | Sequence[int], what: str) -> np
             "text of no tokens, the beginning-of-text token."
         )
     return ids.astype(np.int64)
+
+
+def _windowed(config: PretrainedConfig) -> bool:
+    """Whether there are layers with windows."""
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    return "sliding_attention" in kinds if kinds else window is not None
 
 
 def _heads(config: PretrainedConfig, dtype: torch.dtype) -> Heads:

@@ -230,16 +230,5 @@ def _checked_mask(
             f"Prompts {rows} are padded on the right; generation continues their last column. "
             'Set tokenizer.padding_side = "left".'
         )
-    # What an earlier call generated, the last token not yet fed, may be padded behind its end.
-    new = mask.copy()
-    if stored := cache.get_seq_length():
-        new[:, : stored + 1] = True
-    first = mask.argmax(1)
-    holes = ~new & (np.arange(mask.shape[1]) > first[:, None])
-    if holes.any():
-        row, column = np.argwhere(holes)[0].tolist()
-        raise ValueError(
-            f"Prompt {row} has padding at column {column}, between its tokens. Padding belongs "
-            'in front: tokenize the whole text with padding_side="left".'
-        )
+    cache.check_gaps(mask)
     return mask

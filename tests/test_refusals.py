@@ -37,8 +37,32 @@ def test_right_padding():
     refused(inputs_of([[3, 4], [3, 0]], [[1, 1], [1, 0]]), 'Prompts \\[1\\].*padding_side = "left"')
 
 
-def test_padding_in_the_middle():
-    refused(inputs_of([[3, 4, 5], [3, 0, 5]], [[1, 1, 1], [1, 0, 1]]), "Prompt 1 .* column 1")
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "Mistral", "Gemma 2"])
+def test_padding_in_the_middle(name):
+    """Exact, but for windows: stock Transformers counts columns there, not tokens."""
+    stock, pat = pair(name)
+    rows = [[3, 4, 5, 6, 7], [0, 3, 0, 0, 5], [3, 0, 4, 5, 6]]
+    inputs = inputs_of(rows, [[int(i > 0) for i in row] for row in rows])
+    kwargs = {"max_new_tokens": 30, "do_sample": False}
+    cache = pat_hf.PATCache(pat, page_size=16)
+    if name in ("Mistral", "Gemma 2"):
+        with pytest.raises(ValueError, match="column 2, between.*windows.*padded on the left"):
+            pat.generate(**inputs, past_key_values=cache, **kwargs)
+        pat(
+            torch.tensor(rows),
+            past_key_values=cache,
+            attention_mask=inputs["attention_mask"] * 0 + 1,
+        )
+        mask = torch.ones(3, 7, dtype=torch.long)
+        mask[1, 5] = 0
+        with pytest.raises(ValueError, match="column 5, between.*windows"):
+            pat(torch.tensor([[3, 4]] * 3), past_key_values=cache, attention_mask=mask)
+        assert cache.get_seq_length() == 5
+        return
+    for _ in range(2):
+        ours = pat.generate(**inputs, past_key_values=cache, **kwargs)
+        assert torch.equal(ours, stock.generate(**inputs, **kwargs))
+    assert cache.report().found_tokens
 
 
 def test_empty_prompt():
