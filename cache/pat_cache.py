@@ -7,12 +7,13 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import Cache, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
 
 from pat_hf import adapters
 from pat_hf.cache import archive
@@ -21,10 +22,16 @@ from pat_hf.cache.prefix_tree import Node, PrefixTree, Preorder
 from pat_hf.cache.report import Report, draw
 from pat_hf.cache.step import KVLength, Step
 from pat_hf.cache.store import Store
-from pat_hf.graphs import MODES, Decoder, lease
+from pat_hf.cache.workspace import lease
 from pat_hf.kernels.ops import backend
 from pat_hf.kernels.plan import Heads, Machine, Nodes, Plan, make_plan
 
+if TYPE_CHECKING:
+    from pat_hf.graphs import Decoder
+
+logger = logging.get_logger(__name__)
+
+_MODES = ("auto", "eager", "captured", "compiled")
 _AHEAD = 512  # new tokens of a request that pages are reserved for; longer answers add to them
 _BY_TOKEN = ("input_ids", "position_ids")  # arguments of a forward that name each of its tokens
 _NEVER = np.iinfo(np.int64).max
@@ -69,8 +76,8 @@ class PATCache(Cache):
     ):
         if prefill_tokens < 1:
             raise ValueError(f"prefill_tokens={prefill_tokens}: at least one is needed.")
-        if decode not in MODES:
-            raise ValueError(f"decode={decode!r}: it must be one of {', '.join(MODES)}.")
+        if decode not in _MODES:
+            raise ValueError(f"decode={decode!r}: it must be one of {', '.join(_MODES)}.")
         self.config = _supported_config(model)
         self.dtype = model.dtype
         self._model = weakref.ref(unwrapped(model))
@@ -358,21 +365,26 @@ class PATCache(Cache):
         """The model's layers with PEFT adapters."""
         return [layer for ref in self._tuned if (layer := ref()) is not None]
 
+    def share_nothing(self, reason: str) -> None:
+        """Forgets all requests, for new ones whose tokens don't tell their K and V."""
+        self.clear()
+        self.fallback, self.opaque = reason, True
+        logger.warning_once(f"pat_hf computes each prompt on its own: {reason}.")
+
     def forget(self, nodes: Iterable[Node]) -> None:
         """Forgets all requests, and of `nodes` that they were ever stored."""
         for node in nodes:
             self.pool.drop(node)
         self._forget()
 
-    def arm(self, model: PreTrainedModel, steps: int, compile: bool) -> None:
+    def arm(self, decoder: Decoder, steps: int) -> None:
         """Prepares for the prefill and the decode steps of a `generate()`.
 
         Args:
-            model: the model, as its steps are going to find it.
+            decoder: how steps are run.
             steps: how many there may be.
-            compile: whether they may be compiled without being asked for.
         """
-        self._decoder = Decoder(model, self.decode, steps, compile)
+        self._decoder = decoder
         self._ahead, self._stops, self._searched = steps, (), 0
 
     def stop_at(self, ids: Sequence[int]) -> None:

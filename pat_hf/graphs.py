@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import threading
-import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,23 +17,21 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
-from pat_hf.cache.memory import Memory
+from pat_hf.cache.page_pool import PagePool
+from pat_hf.cache.pat_cache import PATCache
 from pat_hf.cache.step import KVLength, Step
+from pat_hf.cache.workspace import Workspace
 from pat_hf.kernels.ops import store
 from pat_hf.projections import joined, lay_together
-
-if TYPE_CHECKING:
-    from pat_hf.cache.page_pool import PagePool
-    from pat_hf.cache.pat_cache import PATCache
 
 logger = logging.get_logger(__name__)
 
 Forward = Callable[..., ModelOutput]
-MODES = ("auto", "eager", "captured", "compiled")
 # Steps that win back what a mode costs to begin with: about 0.1 s, and 15 s.
 _CAPTURE, _COMPILE = 4, 4096
-_KEPT = 8  # graphs of other batch sizes that are kept; each holds its logits
 _INPUTS = {"input_ids", "position_ids", "attention_mask", "past_key_values"}
+
+_capturing = threading.RLock()  # one at a time: what it sets up is the process's
 
 
 class Pages(Cache):
@@ -94,59 +91,6 @@ class LayerPages:
         keys, values, pages, slots = self.tensors
         store(keys, values, key_states.to(keys.dtype), value_states.to(values.dtype), pages, slots)
         return keys, values
-
-
-class Workspace:
-    """What one cache at a time has of a model's device, kept for the next one.
-
-    Attributes:
-        memory: where pages lie; empty while no cache holds the workspace.
-        state: of the model, and the size of pages, when the memory was last used.
-        steps: by device and batch, the buffers that decode steps are planned in.
-        graphs: captured decode steps by the shape of their input, and what else they depend on,
-            the model's state first; the last used are the last.
-        pool: of PyTorch's allocator, for what the graphs compute: one is replayed at a time.
-    """
-
-    def __init__(self) -> None:
-        self.memory = Memory()
-        self.state: Hashable = None
-        self.steps: dict[tuple[torch.device, int], Step] = {}
-        self.graphs: dict[torch.Size, tuple[tuple[Hashable, ...], Graph]] = {}
-        self.pool: tuple[int, int] | None = None
-
-    def make_room(self, shape: torch.Size, state: Hashable) -> None:
-        """Drops graphs of another state of the model, and the oldest, for one of `shape`."""
-        kept = [x for x, (key, _) in self.graphs.items() if key[0] == state][1 - _KEPT :]
-        self.graphs = {x: self.graphs[x] for x in kept}
-        batches = {shape[0], *(x[0] for x in kept)}
-        self.steps = {where: step for where, step in self.steps.items() if where[1] in batches}
-
-    def forget(self) -> None:
-        """Drops all graphs, and the buffers that they were captured over."""
-        self.graphs.clear()
-        self.steps.clear()
-        self.pool = None
-
-
-_free: weakref.WeakKeyDictionary[PreTrainedModel, list[Workspace]] = weakref.WeakKeyDictionary()
-_lock = threading.RLock()
-_capturing = threading.RLock()  # one at a time: what it sets up is the process's
-
-
-def lease(model: PreTrainedModel, holder: object) -> Workspace:
-    """A workspace of `model` for as long as `holder` lives; its memory is given back then."""
-    with _lock:
-        free = _free.setdefault(model, [])
-        workspace = free.pop() if free else Workspace()
-
-    def give_back() -> None:
-        workspace.memory.release()
-        with _lock:
-            free.append(workspace)
-
-    weakref.finalize(holder, give_back).atexit = False
-    return workspace
 
 
 class Graph:
@@ -222,7 +166,7 @@ class Decoder:
 
     Args:
         model: at rest: what its graphs depend on is looked up here, once a call.
-        mode: of `MODES`.
+        mode: what the cache was asked for, see `PATCache`.
         steps: how many there may be.
         compile: whether "auto" may compile.
 
@@ -252,7 +196,7 @@ class Decoder:
         if self.mode != "eager":
             lay_together(model)
             self._state = _state(model)
-            # Nor does another thread's call move them then.
+            # lay_together, in another thread, leaves alone what something refers to.
             self._weights = [x.data for x in model.parameters()]
 
     def end_step(self, undone: bool) -> None:

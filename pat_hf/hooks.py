@@ -6,20 +6,18 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import EosTokenCriteria, StoppingCriteriaList, utils
-from transformers.utils import logging
 
 from pat_hf import adapters
 from pat_hf.cache.pat_cache import PATCache
+from pat_hf.graphs import Decoder
 from pat_hf.prefill import prefill
-
-logger = logging.get_logger(__name__)
 
 _served: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
@@ -41,134 +39,143 @@ def install() -> None:
     Raises:
         ImportError: if this version of Transformers has no such steps to take over.
     """
-    stock, sample, assisted = (
-        getattr(GenerationMixin, name, None)
-        for name in ("_prefill", "_sample", "_assisted_decoding")
-    )
+    ours = {
+        "_prefill": _prefill,
+        "_sample": _sample,
+        "_assisted_decoding": _assisted_decoding,
+        "generate": _generate,
+    }
+    stock = {name: getattr(GenerationMixin, name, None) for name in ours}
     expected = ["self", "input_ids", "generation_config", "model_kwargs", "is_first_iteration"]
-    if None in (stock, sample, assisted) or list(inspect.signature(stock).parameters) != expected:
+    if None in stock.values() or list(inspect.signature(stock["_prefill"]).parameters) != expected:
         import transformers
 
         raise ImportError(
             f"pat_hf can't hook into generate() of transformers {transformers.__version__}; "
             "pip install 'transformers>=5.16,<5.24'."
         )
-    if getattr(stock, "_pat_hf", False):
+    if hasattr(stock["_prefill"], "_pat_hf"):
         return
-    own = set(inspect.signature(assisted).parameters)  # of its arguments; others are the forward's
+    for name, function in ours.items():
+        setattr(GenerationMixin, name, _around(stock[name], function))
+    if check := getattr(utils, "DeferredStopCheck", None):  # from 5.17 on
+        check.is_supported = staticmethod(_around(check.is_supported, _is_supported))
+
+
+def _around(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
+    """`ours`, which is given `stock` first, in its place."""
 
     @functools.wraps(stock)
-    def _prefill(
-        self: PreTrainedModel,
-        input_ids: torch.Tensor,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        is_first_iteration: bool = True,
-    ) -> Any:
-        cache = model_kwargs.get("past_key_values")
-        if not isinstance(cache, PATCache):
-            return stock(self, input_ids, generation_config, model_kwargs, is_first_iteration)
-        cache.check(self)
-        steps = max(0, generation_config.max_length - input_ids.shape[1] - 1)
-        cache.arm(self, steps, compile=not generation_config.disable_compile)
-        mask, embeds, positions = (
-            model_kwargs.get(x) for x in ("attention_mask", "inputs_embeds", "position_ids")
-        )
-        reason = _unshareable(self, cache, input_ids, model_kwargs)
-        whole = embeds is not None or _whole(input_ids, mask, generation_config)
-        if whole and reason is None:
-            out = prefill(
-                self,
-                cache,
-                input_ids,
-                mask,
-                generation_config.prefill_chunk_size,
-                steps,
-                embeds if is_first_iteration else None,
-            )
-        else:  # for the requests that are stored, unless the prompts come whole
-            if whole:
-                if cache.get_seq_length() and positions is not None and positions.ndim == 3:
-                    raise ValueError(
-                        f"{type(self).__name__} numbers tokens by the images before them, and "
-                        "generate() has numbered these as if they came behind what this PATCache "
-                        "holds. Call clear() on the cache first, or make a new one."
-                    )
-                _share_nothing(cache, reason)
-            out = stock(self, input_ids, generation_config, model_kwargs, is_first_iteration)
-        cache.stop_at(getattr(generation_config, "_stops", ()))
-        return out
+    def replacement(*args: Any, **kwargs: Any) -> Any:
+        return ours(stock, *args, **kwargs)
 
-    @functools.wraps(sample)
-    def _sample(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        config, criteria = kwargs.get("generation_config"), kwargs.get("stopping_criteria")
-        if isinstance(kwargs.get("past_key_values"), PATCache) and config and criteria:
-            config._stops = _stops(config, criteria)  # `_prefill` is not given the criteria
-        return sample(self, *args, **kwargs)
+    replacement._pat_hf = True
+    return replacement
 
-    @functools.wraps(assisted)
-    def _assisted_decoding(
-        self: PreTrainedModel, input_ids: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        cache = kwargs.get("past_key_values")
-        if isinstance(cache, PATCache) and len(input_ids) == 1:  # or it is refused
-            cache.check(self)
-            config, mask = kwargs["generation_config"], kwargs.get("attention_mask")
-            if not _whole(input_ids, mask, config):
+
+def _prefill(
+    stock: Callable[..., Any],
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    is_first_iteration: bool = True,
+) -> Any:
+    cache = model_kwargs.get("past_key_values")
+    if not isinstance(cache, PATCache):
+        return stock(model, input_ids, generation_config, model_kwargs, is_first_iteration)
+    cache.check(model)
+    steps = max(0, generation_config.max_length - input_ids.shape[1] - 1)
+    cache.arm(Decoder(model, cache.decode, steps, not generation_config.disable_compile), steps)
+    mask, embeds, positions = (
+        model_kwargs.get(x) for x in ("attention_mask", "inputs_embeds", "position_ids")
+    )
+    _refuse(model_kwargs)
+    reason = _unshareable(model, cache, input_ids, model_kwargs)
+    whole = embeds is not None or _whole(input_ids, mask, generation_config)
+    if whole and reason is None:
+        embeds = embeds if is_first_iteration else None
+        chunk = generation_config.prefill_chunk_size
+        out = prefill(model, cache, input_ids, mask, chunk, steps, embeds)
+    else:  # for the requests that are stored, unless the prompts come whole
+        if whole:
+            if cache.get_seq_length() and positions is not None and positions.ndim == 3:
                 raise ValueError(
-                    "Assisted decoding and prompt lookup look at the whole prompt, and were given "
-                    "only what is new in it. Pass all of its tokens."
+                    f"{type(model).__name__} numbers tokens by the images before them, and "
+                    "generate() has numbered these as if they came behind what this PATCache "
+                    "holds. Call clear() on the cache first, or make a new one."
                 )
-            inputs = {name: x for name, x in kwargs.items() if name not in own}
-            reason = _unshareable(self, cache, input_ids, inputs)
-            if reason is None and inputs.get("inputs_embeds") is not None:
-                reason = "assisted decoding is fed embeddings with its first candidates"
-            ids, seen = input_ids[:, :-1], None if mask is None else mask[:, :-1]
-            if reason is not None:
-                _share_nothing(cache, reason)
-            elif ids.numel() and (seen is None or seen.any()):
-                # The first step has no prefill before it. It is fed the whole prompt, which ends
-                # with the one token that is not stored.
-                steps = config.max_length - input_ids.shape[1]
-                prefill(self, cache, ids, seen, config.prefill_chunk_size, steps)
-                cache.repeated = True
-            else:
-                cache.clear()
-        return assisted(self, input_ids, *args, **kwargs)
+            cache.share_nothing(reason)
+        out = stock(model, input_ids, generation_config, model_kwargs, is_first_iteration)
+    cache.stop_at(getattr(generation_config, "_stops", ()))
+    return out
 
-    generate = GenerationMixin.generate
 
-    @functools.wraps(generate)
-    def served(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
-        if not isinstance(cache, PATCache):
-            return generate(self, *args, **kwargs)
-        if kwargs.get("cache_implementation") == "paged":
+def _sample(stock: Callable[..., Any], model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    config, criteria = kwargs.get("generation_config"), kwargs.get("stopping_criteria")
+    if isinstance(kwargs.get("past_key_values"), PATCache) and config and criteria:
+        config._stops = _stops(config, criteria)  # `_prefill` is not given the criteria
+    return stock(model, *args, **kwargs)
+
+
+def _assisted_decoding(
+    stock: Callable[..., Any],
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, PATCache) and len(input_ids) == 1:  # more are refused
+        cache.check(model)
+        config, mask = kwargs["generation_config"], kwargs.get("attention_mask")
+        if not _whole(input_ids, mask, config):
             raise ValueError(
-                "cache_implementation='paged' is continuous batching, which would not use this "
-                "PATCache. Leave one of them out."
+                "Assisted decoding and prompt lookup look at the whole prompt, and were given "
+                "only what is new in it. Pass all of its tokens."
             )
-        try:
-            with serving(self):
-                return generate(self, *args, **kwargs)
-        finally:
-            cache.disarm()
+        own = inspect.signature(stock).parameters
+        inputs = {name: x for name, x in kwargs.items() if name not in own}
+        _refuse(inputs)
+        reason = _unshareable(model, cache, input_ids, inputs)
+        if reason is None and inputs.get("inputs_embeds") is not None:
+            reason = "assisted decoding is fed embeddings with its first candidates"
+        ids, seen = input_ids[:, :-1], None if mask is None else mask[:, :-1]
+        if reason is not None:
+            cache.share_nothing(reason)
+        elif ids.numel() and (seen is None or seen.any()):
+            # The first step has no prefill before it. It is fed the whole prompt, which ends with
+            # the one token that is not stored.
+            steps = config.max_length - input_ids.shape[1]
+            prefill(model, cache, ids, seen, config.prefill_chunk_size, steps)
+            cache.repeated = True
+        else:
+            cache.clear()
+    return stock(model, input_ids, *args, **kwargs)
 
-    _prefill._pat_hf = True
-    GenerationMixin._prefill = _prefill
-    GenerationMixin._sample = _sample
-    GenerationMixin._assisted_decoding = _assisted_decoding
-    GenerationMixin.generate = served
-    if check := getattr(utils, "DeferredStopCheck", None):  # from 5.17 on
-        supported = check.is_supported
 
-        @functools.wraps(supported)
-        def is_supported(device: torch.device, cache: Any, *args: Any, **kwargs: Any) -> bool:
-            # Replays are queued ahead of the device, and a PATCache can take a step back.
-            ours = isinstance(cache, PATCache) and cache.defer_stops()
-            return ours or supported(device, cache, *args, **kwargs)
+def _generate(stock: Callable[..., Any], model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, PATCache):
+        return stock(model, *args, **kwargs)
+    if kwargs.get("cache_implementation") == "paged":
+        raise ValueError(
+            "cache_implementation='paged' is continuous batching, which would not use this "
+            "PATCache. Leave one of them out."
+        )
+    try:
+        with serving(model):
+            return stock(model, *args, **kwargs)
+    finally:
+        cache.disarm()
 
-        check.is_supported = staticmethod(is_supported)
+
+def _is_supported(
+    stock: Callable[..., bool], device: torch.device, cache: Any, *args: Any, **kwargs: Any
+) -> bool:
+    # Replays are queued ahead of the device, and a PATCache can take a step back.
+    ours = isinstance(cache, PATCache) and cache.defer_stops()
+    return ours or stock(device, cache, *args, **kwargs)
 
 
 def _stops(config: GenerationConfig, criteria: StoppingCriteriaList) -> Sequence[int]:
@@ -212,17 +219,8 @@ def serving(model: PreTrainedModel) -> Iterator[None]:
                     model.forward = own
 
 
-def _share_nothing(cache: PATCache, reason: str) -> None:
-    """Empties the cache for prompts whose tokens don't tell their K and V."""
-    cache.clear()
-    cache.fallback, cache.opaque = reason, True
-    logger.warning_once(f"pat_hf computes each prompt on its own: {reason}.")
-
-
-def _unshareable(
-    model: PreTrainedModel, cache: PATCache, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
-) -> str | None:
-    """Why these prompts can't be packed by their token ids, if so."""
+def _refuse(model_kwargs: dict[str, Any]) -> None:
+    """Raises a ValueError for what no PATCache can give."""
     if model_kwargs.get("use_cache") is False:
         raise ValueError(
             "use_cache=False with a PATCache: the cache would not be used. Leave one of them out."
@@ -232,6 +230,12 @@ def _unshareable(
             '"pat" never holds the attention weights. Load the model with '
             'attn_implementation="eager" for output_attentions=True.'
         )
+
+
+def _unshareable(
+    model: PreTrainedModel, cache: PATCache, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
+) -> str | None:
+    """Why these prompts can't be packed by their token ids, if so."""
     if model_kwargs.get("output_hidden_states"):
         return "output_hidden_states asks for the states of all prompt tokens"
     others = [

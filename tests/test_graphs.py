@@ -17,7 +17,7 @@ from transformers.generation import utils
 
 import pat_hf
 from pat_hf import graphs
-from pat_hf.cache import pat_cache
+from pat_hf.cache import pat_cache, workspace
 
 from .models import MODELS, VOCABULARY, batch, pair
 
@@ -58,7 +58,7 @@ def rerun(monkeypatch):
     whole = graphs._layer_forward
     compiled = torch.compile(whole, backend=counter, fullgraph=True, dynamic=False)
     torch._dynamo.reset()
-    monkeypatch.setattr(graphs, "_free", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(workspace, "_free", weakref.WeakKeyDictionary())
     monkeypatch.setattr(graphs, "Graph", Rerun)
     monkeypatch.setattr(graphs, "_obstacle", lambda model: None)
     monkeypatch.setattr(graphs, "_compiled_layer", lambda: compiled)
@@ -170,7 +170,7 @@ def deferred(rerun, monkeypatch):
         self._offset = torch.get_rng_state()
 
     monkeypatch.undo()
-    monkeypatch.setattr(graphs, "_free", weakref.WeakKeyDictionary())
+    monkeypatch.setattr(workspace, "_free", weakref.WeakKeyDictionary())
     monkeypatch.setattr(graphs, "Graph", Rerun)
     monkeypatch.setattr(graphs, "_obstacle", lambda model: None)
     monkeypatch.setattr(graphs.Decoder, "end_step", end_step)
@@ -317,9 +317,9 @@ def test_a_workspace_is_passed_on_when_its_cache_goes():
     model = AutoModelForCausalLM.from_config(MODELS["Llama"], attn_implementation="pat").eval()
     first, second = pat_hf.PATCache(model), pat_hf.PATCache(model)
     assert first._workspace is not second._workspace
-    workspace = first._workspace
+    kept = first._workspace
     del first
     gc.collect()
-    assert pat_hf.PATCache(model)._workspace is workspace
+    assert pat_hf.PATCache(model)._workspace is kept
     with pytest.raises(ValueError, match="decode='fast'"):
         pat_hf.PATCache(model, decode="fast")
