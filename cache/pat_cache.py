@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from pat_hf import adapters
 from pat_hf.cache import archive
+from pat_hf.cache.columns import Columns
 from pat_hf.cache.page_pool import SINK, PagePool, PoolExhausted
 from pat_hf.cache.prefix_tree import Node, PrefixTree, Preorder
 from pat_hf.cache.report import Report, draw
@@ -34,7 +35,6 @@ logger = logging.get_logger(__name__)
 _MODES = ("auto", "eager", "captured", "compiled")
 _AHEAD = 512  # new tokens of a request that pages are reserved for; longer answers add to them
 _BY_TOKEN = ("input_ids", "position_ids")  # arguments of a forward that name each of its tokens
-_NEVER = np.iinfo(np.int64).max
 
 
 class PATCache(Cache):
@@ -103,15 +103,9 @@ class PATCache(Cache):
         self.fallback: str | None = None  # why prompts were computed request by request
         self.repeated = False  # the next forward begins with what is stored
         self.decoding: str | None = None  # how the last `generate()` ran its decode steps
-        self._columns = 0  # length as Transformers counts it, padding included
-        self._prompt_columns = 0
-        # [requests, columns]: which are tokens; columns beyond these are, up to a request's end
-        self._mask = np.ones((0, 0), bool)
-        self._ended = np.empty(0, np.int64)  # the column from which a request is finished
+        self._columns = Columns(np.ones((0, 0), bool))
         self.step: Step | None = None
         self._room = 0  # steps until an open leaf needs a page
-        # ids of the tokens fed since the prompts, [requests, any] each; None where not told
-        self._fed: list[torch.Tensor | None] = []
 
     @property
     def prefixes(self) -> PrefixTree:
@@ -135,14 +129,14 @@ class PATCache(Cache):
 
     def __repr__(self) -> str:
         return (
-            f"PATCache(requests={len(self.prefixes)}, length={self._columns}, "
+            f"PATCache(requests={len(self.prefixes)}, length={self._columns.length}, "
             f"tokens={self.tokens:,} stored of {self.dense_tokens:,}, "
             f"pages={self.pool.used} x {self.pool.page_size}, layers={len(self)})"
         )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of a request, padding included: the length of `attention_mask` so far."""
-        return self._columns
+        return self._columns.length
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: there is no maximum."""
@@ -150,7 +144,7 @@ class PATCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Length and offset for the mask function; the length carries this cache to it."""
-        return KVLength(self._columns + query_length, self), 0
+        return KVLength(self._columns.length + query_length, self), 0
 
     @property
     def batch_size(self) -> int:
@@ -167,7 +161,7 @@ class PATCache(Cache):
 
     @property
     def is_initialized(self) -> bool:
-        return self._columns > 0
+        return self._columns.length > 0
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -217,20 +211,9 @@ class PATCache(Cache):
             layer_idx, key_states, value_states, *step.targets(key_states.device)
         )
         if not step.written:
-            self._advance(step)
+            self._columns.advance(step.columns, step.real)
         step.written.add(layer_idx)
         return layer.keys, layer.values
-
-    def _advance(self, step: Step) -> None:
-        """Makes the tokens of a step, now stored, the cache's."""
-        if step.real is not None:
-            self._mask = np.concatenate([self._tokens(), step.real], 1)
-        self._columns += step.columns
-
-    def _tokens(self) -> np.ndarray:
-        """Which columns are tokens, bool [requests, columns]."""
-        later = np.arange(self._mask.shape[1], self._columns) < self._ended[:, None]
-        return np.concatenate([self._mask, later], 1)
 
     def clear(self) -> None:
         """Forgets all requests, but keeps of them what `keep_bytes` and pins say."""
@@ -257,7 +240,7 @@ class PATCache(Cache):
                 length to keep if it is positive. Padding counts.
         """
         count = int(tokens_to_remove)
-        count = -count if count <= 0 else max(0, self._columns - count)
+        count = -count if count <= 0 else max(0, self._columns.length - count)
         if self._decoder is not None and self._decoder.deferred:
             self._decoder.end_step(undone=count > 0)
         if count:
@@ -266,14 +249,8 @@ class PATCache(Cache):
     def _cut(self, count: int) -> None:
         """Removes the last `count` tokens of every request."""
         self._withdraw()
-        keep = max(0, self._columns - count)
-        removed = self._tokens()[:, keep:].sum(1)
-        self._fed = [ids[:, : max(0, keep - self._prompt_columns)] for ids in self._fed_together()]
-        for request, tokens in enumerate(removed.tolist()):
+        for request, tokens in enumerate(self._columns.cut(count).tolist()):
             self.store.truncate(request, tokens)
-        self._columns, self._mask = keep, self._mask[:, :keep]
-        self._prompt_columns = min(self._prompt_columns, keep)
-        self._ended[self._ended > keep] = _NEVER
         self.step = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -291,9 +268,8 @@ class PATCache(Cache):
     def _select(self, indices: Sequence[int]) -> None:
         self._withdraw()
         self.store.select(indices)
-        self._mask, self._ended = self._mask[list(indices)], self._ended[list(indices)]
+        self._columns.select(indices)
         self.families = [self.families[i] for i in indices]
-        self._fed = [ids[list(indices)] for ids in self._fed_together()]
         self.step = None
 
     def __deepcopy__(self, memo: dict) -> PATCache:
@@ -301,8 +277,7 @@ class PATCache(Cache):
         twin = copy.copy(self)
         twin._workspace = lease(self.model, twin)
         twin.store = self.store.copy(twin._workspace.memory)
-        twin._mask, twin._ended = self._mask.copy(), self._ended.copy()
-        twin._fed = list(self._fed)
+        twin._columns = self._columns.copy()
         twin.step = twin._decoder = None
         return twin
 
@@ -329,7 +304,6 @@ class PATCache(Cache):
         self._withdraw()
         self._label()
         self.store.admit(prompts, ahead)
-        self._fed = []
         nodes = self.prefixes.live()
         missing = [node for node in nodes if node.pages is None]
         try:
@@ -348,8 +322,7 @@ class PATCache(Cache):
         self.prefilled += sum(node.length for node in missing)
         self.found += sum(node.length for node in nodes) - sum(node.length for node in missing)
         self.prompted += int(mask.sum())
-        self._columns = self._prompt_columns = mask.shape[1]
-        self._mask, self._ended = mask.copy(), np.full(len(mask), _NEVER)
+        self._columns = Columns(mask.copy())
         self.step = None
         return missing
 
@@ -385,11 +358,12 @@ class PATCache(Cache):
             steps: how many there may be.
         """
         self._decoder = decoder
-        self._ahead, self._stops, self._searched = steps, (), 0
+        self._ahead = steps
+        self._columns.stop_at(())
 
     def stop_at(self, ids: Sequence[int]) -> None:
         """Ends requests that are fed one of `ids` from now on, once their prompts are stored."""
-        self._stops, self._searched = ids, len(self._fed)
+        self._columns.stop_at(ids)
 
     def defer_stops(self) -> bool:
         """Whether `generate()` is to see a step late that all requests are finished.
@@ -408,7 +382,7 @@ class PATCache(Cache):
         self.repeated = False
         if self._decoder is not None:
             self.decoding = str(self._decoder)
-            self._decoder, self._stops = None, ()
+            self._decoder = None
 
     def run(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """A forward of the model on this cache, by a graph where there is one for it.
@@ -417,15 +391,15 @@ class PATCache(Cache):
         and neither `update` nor the mask function is told them. Of a forward that breaks off,
         nothing stays: some layers may have stored its tokens and others not.
         """
-        columns, fed = self._columns, len(self._fed)
+        length, fed = self._columns.length, len(self._columns.fed)
         try:
             return self._run(forward, args, kwargs)
         except BaseException:
-            if self._columns > columns:
-                self._cut(self._columns - columns)
+            if self._columns.length > length:
+                self._cut(self._columns.length - length)
             else:
                 self._withdraw()
-                del self._fed[fed:]
+                del self._columns.fed[fed:]
             raise
 
     def _run(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -434,12 +408,14 @@ class PATCache(Cache):
         elif self.repeated:
             self.repeated = False
             new = {
-                x: kwargs[x][..., self._columns :] for x in _BY_TOKEN if kwargs.get(x) is not None
+                x: kwargs[x][..., self._columns.length :]
+                for x in _BY_TOKEN
+                if kwargs.get(x) is not None
             }
             kwargs = kwargs | new
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if self.step is None or self.step.columns:
-            self._fed.append(ids)
+            self._columns.fed.append(ids)
             if self._tuned and self.families:
                 self.opaque |= self._families(len(self.families)) != self.families
         decoder, step = self._decoder, self.step
@@ -458,38 +434,22 @@ class PATCache(Cache):
             self.begin(*ids.shape, mask, ids.device)
             out = decoder.step(self._workspace, forward, self, kwargs)
             if out is not None:
-                self._advance(self.step)
+                self._columns.advance(self.step.columns, self.step.real)
                 self.step.written.update(self.pool.layers)
                 return out
         return forward(*args, **kwargs)
 
-    def _finish(self) -> None:
-        """Ends requests that were fed one of the ids to stop at: they get no more pages or work."""
-        fed = self._fed[self._searched :]
-        self._searched += len(fed)
-        if not len(self._stops) or not fed or any(ids is None for ids in fed):
-            return
-        done = np.isin(torch.cat(fed, 1).cpu().numpy(), self._stops).any(1)
-        self._ended[done] = np.minimum(self._ended[done], self._columns)
-
-    def _fed_together(self) -> list[torch.Tensor]:
-        """What was fed since the prompts as one tensor, or nothing if it is not all known."""
-        known = [ids for ids in self._fed if ids is not None]
-        if not known or sum(ids.shape[1] for ids in known) != self._columns - self._prompt_columns:
-            return []
-        return [torch.cat(known, 1)]
-
     def _label(self) -> None:
         """Tells the tree the ids of what was generated, so that later prompts can share it."""
-        if self.opaque:
+        ids = self._columns.ids
+        if self.opaque or ids is None:
             return
-        for ids in self._fed_together():
-            real = self._tokens()[:, self._prompt_columns :]
-            for request, row in enumerate(ids.cpu().numpy()):
-                self.prefixes.label(request, row[real[request]])
-            with suppress(PoolExhausted):  # equal answers are then stored once each
-                for request in range(len(self.prefixes)):
-                    self.prefixes.merge(request)
+        real = self._columns.tokens()[:, self._columns.prompts :]
+        for request, row in enumerate(ids.cpu().numpy()):
+            self.prefixes.label(request, row[real[request]])
+        with suppress(PoolExhausted):  # equal answers are then stored once each
+            for request in range(len(self.prefixes)):
+                self.prefixes.merge(request)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -570,11 +530,11 @@ class PATCache(Cache):
         step = self.step
         if step is not None and not step.written and step.shape == (batch, length):
             return step
-        shape = (batch, self._columns + length)
+        shape = (batch, self._columns.length + length)
         if mask is not None and tuple(mask.shape) != shape:
             raise ValueError(
-                f"attention_mask has shape {tuple(mask.shape)}; with {self._columns} columns in "
-                f"the cache and {length} in this forward it must be {shape}."
+                f"attention_mask has shape {tuple(mask.shape)}; with {self._columns.length} "
+                f"columns in the cache and {length} in this forward it must be {shape}."
             )
         if length == 1 and self._room > 0 and step is not None and step.shape == (batch, 1):
             for request in step.grown:
@@ -587,7 +547,7 @@ class PATCache(Cache):
             self.families = self._families(batch)
             for family in self.families:
                 self.prefixes.insert(np.empty(0, np.int64), family)
-            self._mask, self._ended = np.ones((batch, 0), bool), np.full(batch, _NEVER)
+            self._columns.begin(batch)
         if batch != len(self.prefixes):
             raise ValueError(
                 f"The forward has a batch of {batch} and the cache holds {len(self.prefixes)} "
@@ -595,25 +555,11 @@ class PATCache(Cache):
                 "batch_repeat_interleave or reorder_cache, or call reset()."
             )
         if self._decoder is not None:
-            self._finish()
+            self._columns.find_ends()
         mask = np.ones(shape, bool) if mask is None else mask.cpu().numpy().astype(bool)
-        self.step = self._plan_growth(self._new_columns(mask), device)
+        new = self._columns.added(mask, ended_too=self._decoder is not None)
+        self.step = self._plan_growth(new, device)
         return self.step
-
-    def _new_columns(self, mask: np.ndarray) -> np.ndarray:
-        """The new columns of a mask, bool [batch, length], once the others are as they were."""
-        past = self._tokens()
-        differs = mask[:, : self._columns] != past
-        if self._decoder is not None:  # `generate()` goes on feeding requests that have ended
-            differs &= np.arange(self._columns) < self._ended[:, None]
-        if differs.any():
-            row, column = np.argwhere(differs)[0].tolist()
-            raise ValueError(
-                f"attention_mask says {int(mask[row, column])} at request {row}, column {column}, "
-                "and said otherwise when that token was stored, or the request had ended there. "
-                "Pass the mask of the prompts with ones behind it, or start with an empty cache."
-            )
-        return mask[:, self._columns :]
 
     def _withdraw(self) -> None:
         """Takes back what was planned for a forward that stored nothing."""
@@ -625,9 +571,9 @@ class PATCache(Cache):
 
     def _plan_growth(self, real: np.ndarray, device: torch.device) -> Step:
         batch, length = real.shape
-        padded, alive = not real.all(), self._ended > self._columns
+        padded, alive = not real.all(), self._columns.alive
         real = real & alive[:, None]
-        self.check_gaps(np.concatenate([self._tokens(), real], 1)[real.any(1)])
+        self.check_gaps(np.concatenate([self._columns.tokens(), real], 1)[real.any(1)])
         counts = real.sum(1)
         position = np.array([self.prefixes.length(r) for r in range(batch)])[:, None]
         position = position + np.cumsum(real, 1) - 1

@@ -117,7 +117,7 @@ def test_five_hundred_calls():
             cache.drop(prompts[-1] + [2])
             check(cache)
         if call == CALLS // 2:
-            nodes = len(pat._forward_pre_hooks), len(cache.prefixes.roots), len(cache._fed)
+            nodes = len(pat._forward_pre_hooks), len(cache.prefixes.roots), len(cache._columns.fed)
     assert len(modes) == 7
     assert (len(pat._forward_pre_hooks), len(cache.prefixes.roots)) == nodes[:2]
     report = cache.report()

@@ -121,7 +121,7 @@ def test_answers_of_samples_and_beams_are_kept(mode):
     cache = cache_of()
     prompts = [SYSTEM + text(4, 1), SYSTEM]
     generate(pat, prompts, cache, **mode)
-    fed = cache._fed_together()[0].tolist()
+    fed = cache._columns.ids.tolist()
     rows = [prompts[row * 2 // len(fed)] + ids for row, ids in enumerate(fed)]
     assert len({(len(row), row[-5]) for row in rows}) < len({tuple(row) for row in rows})
     same(cache, [text(20, 5)])
