@@ -63,7 +63,7 @@ def write(path: str | Path, tree: PrefixTree, pool: PagePool, about: dict[str, A
         if above and node.pages is not None and len(node.tokens) == node.length:
             rows[node] = len(rows)
     nodes = list(rows)
-    page, slot = _places(nodes, pool.page_size)
+    page, slot = _places(nodes, pool)
     empty = np.empty(0, np.int64)
     tensors = {
         "tokens": torch.from_numpy(np.concatenate([empty, *(node.tokens for node in nodes)])),
@@ -113,7 +113,7 @@ def read(path: str | Path, tree: PrefixTree, pool: PagePool, model: PreTrainedMo
         tokens = tokens[count:]
         tree.clock = max(tree.clock, node.used)
     pool.extend([(node, 0) for node in nodes])
-    page, slot = _places(nodes, pool.page_size)
+    page, slot = _places(nodes, pool)
     devices = _devices(model)
     for name in [name for name in tensors if name.startswith("keys.")]:
         index = int(name.removeprefix("keys."))
@@ -141,14 +141,10 @@ def _compare(path: str | Path, theirs: dict[str, Any], ours: dict[str, Any]) -> 
     )
 
 
-def _places(nodes: list[Node], size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Page and slot of every token, int64 [tokens] each."""
-    pages, slots = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for node in nodes:
-        inside = np.arange(node.length)
-        pages.append(np.array(node.pages, np.int64)[inside // size])
-        slots.append(inside % size)
-    return torch.from_numpy(np.concatenate(pages)), torch.from_numpy(np.concatenate(slots))
+def _places(nodes: list[Node], pool: PagePool) -> torch.Tensor:
+    """Page and slot of every token, int64 [2, tokens]."""
+    places = [pool.places(node.pages, np.arange(node.length)) for node in nodes]
+    return torch.from_numpy(np.concatenate([np.empty((2, 0), np.int64), *places], 1))
 
 
 def _gather(pages: torch.Tensor, page: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -74,6 +74,15 @@ class PagePool:
     def bytes_per_token(self) -> int:
         """Bytes of one token's K and V in all layers seen so far."""
         return sum(tensor[0, :, 0].numel() * tensor.element_size() for tensor in self._tensors())
+
+    def places(self, pages: Sequence[int], tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Where tokens of a node with these pages lie: page and slot of each, int64.
+
+        Args:
+            pages: the node's.
+            tokens: int64 [any], counted from the node's first.
+        """
+        return np.array(pages, np.int64)[tokens // self.page_size], tokens % self.page_size
 
     def pages(self, tokens: int) -> int:
         """Pages that a node of `tokens` tokens takes."""
@@ -228,18 +237,12 @@ class PagePool:
         self.reserve(count)
         self._release([page for page in rest if self.references[page] > 1])
         node.pages = own + [self._take() for _ in range(count)]
-        target = np.arange(node.length - at)
-        source = target + at
+        inside = np.arange(node.length - at)
+        source, target = self.places(held, inside + at), self.places(node.pages, inside)
         for tensor in self._tensors():
-            page, slot = (
-                _index(x, tensor)
-                for x in (np.array(held)[source // self.page_size], source % self.page_size)
-            )
+            page, slot = (_index(x, tensor) for x in source)
             tokens = tensor[page, :, slot]
-            page, slot = (
-                _index(x, tensor)
-                for x in (np.array(node.pages)[target // self.page_size], target % self.page_size)
-            )
+            page, slot = (_index(x, tensor) for x in target)
             tensor[page, :, slot] = tokens
         return held[: whole + 1]
 

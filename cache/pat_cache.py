@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import Cache, PretrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.utils import logging
 
 from pat_hf import adapters
@@ -25,7 +25,8 @@ from pat_hf.cache.step import KVLength, Step
 from pat_hf.cache.store import Store
 from pat_hf.cache.workspace import lease
 from pat_hf.kernels.ops import backend
-from pat_hf.kernels.plan import Heads, Machine, Nodes, Plan, make_plan
+from pat_hf.kernels.plan import Machine, Nodes, Plan, make_plan
+from pat_hf.support import heads_of, supported_config, unwrapped, windowed
 
 if TYPE_CHECKING:
     from pat_hf.graphs import Decoder
@@ -78,10 +79,10 @@ class PATCache(Cache):
             raise ValueError(f"prefill_tokens={prefill_tokens}: at least one is needed.")
         if decode not in _MODES:
             raise ValueError(f"decode={decode!r}: it must be one of {', '.join(_MODES)}.")
-        self.config = _supported_config(model)
+        self.config = supported_config(model)
         self.dtype = model.dtype
         self._model = weakref.ref(unwrapped(model))
-        self.heads = _heads(self.config, model.dtype)
+        self.heads = heads_of(self.config, model.dtype)
         super().__init__(layers=[])
         self.prefill_tokens = prefill_tokens
         self.decode = decode
@@ -89,15 +90,15 @@ class PATCache(Cache):
         self.store = Store(page_size, max_tokens, keep_bytes, self._workspace.memory)
         self._decoder: Decoder | None = None
         self._tuned: list[weakref.ref[nn.Module]] = []  # layers with adapters
-        self._clear()
-        self._count()
+        self._begin_batch()
+        self._count_from_zero()
 
-    def _count(self) -> None:
+    def _count_from_zero(self) -> None:
         self.prompted = 0  # prompt tokens given, padding left out
         self.prefilled = 0  # of these, tokens that went through the model
         self.found = 0  # and distinct ones that were stored before
 
-    def _clear(self) -> None:
+    def _begin_batch(self) -> None:
         self.families: list[Hashable] = []  # of the requests
         self.opaque = False  # K and V of the requests are not told by their tokens
         self.fallback: str | None = None  # why prompts were computed request by request
@@ -219,18 +220,18 @@ class PATCache(Cache):
         """Forgets all requests, but keeps of them what `keep_bytes` and pins say."""
         self._withdraw()
         self._label()
-        self._forget()
+        self._end_batch()
 
-    def _forget(self) -> None:
+    def _end_batch(self) -> None:
         self.store.select([])
-        self._clear()
+        self._begin_batch()
 
     def reset(self) -> None:
         """Forgets everything, pins and counts included, and gives the memory back."""
         self._workspace.forget()
         self.store = self.store.empty()
-        self._clear()
-        self._count()
+        self._begin_batch()
+        self._count_from_zero()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens of every request.
@@ -316,7 +317,7 @@ class PATCache(Cache):
                 self._decoder.prepare(self._workspace, self.pool)
             self.pool.extend([(node, 0) for node in missing])
         except BaseException:
-            self._forget()  # the device's own memory ran out; no request may be without pages
+            self._end_batch()  # the device's own memory ran out; no request may be without pages
             raise
         self.families, self.opaque = families, False
         self.prefilled += sum(node.length for node in missing)
@@ -344,11 +345,11 @@ class PATCache(Cache):
         self.fallback, self.opaque = reason, True
         logger.warning_once(f"pat_hf computes each prompt on its own: {reason}.")
 
-    def forget(self, nodes: Iterable[Node]) -> None:
+    def discard(self, nodes: Iterable[Node]) -> None:
         """Forgets all requests, and of `nodes` that they were ever stored."""
         for node in nodes:
             self.pool.drop(node)
-        self._forget()
+        self._end_batch()
 
     def arm(self, decoder: Decoder, steps: int) -> None:
         """Prepares for the prefill and the decode steps of a `generate()`.
@@ -414,12 +415,12 @@ class PATCache(Cache):
             }
             kwargs = kwargs | new
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        if self.step is None or self.step.columns:
+        if self.step is None or not self.step.packed:
             self._columns.fed.append(ids)
             if self._tuned and self.families:
                 self.opaque |= self._families(len(self.families)) != self.families
         decoder, step = self._decoder, self.step
-        if decoder is not None and step is not None and not step.columns:
+        if decoder is not None and step is not None and step.packed:
             out = decoder.prefill(forward, self, kwargs)
             return forward(*args, **kwargs) if out is None else out
         if (
@@ -472,7 +473,7 @@ class PATCache(Cache):
                 "and one model's keys and values mean nothing to another. Make one for each: "
                 "PATCache(model)."
             )
-        _supported_config(model)
+        supported_config(model)
         adapters.refuse_virtual_tokens(model)
         self._find_adapters()
         if self.pool.layers and model.dtype != self.dtype:
@@ -495,7 +496,7 @@ class PATCache(Cache):
         column = np.arange(mask.shape[1])
         last = mask.shape[1] - 1 - mask[:, ::-1].argmax(1)
         gaps = ~mask & (column > mask.argmax(1)[:, None]) & (column < last[:, None])
-        if gaps.any() and _windowed(self.config):
+        if gaps.any() and windowed(self.config):
             raise ValueError(
                 f"There is padding at column {np.argwhere(gaps)[0][1]}, between the tokens of a "
                 f"prompt. {type(self.model).__name__} has windows, in which Transformers counts "
@@ -564,7 +565,7 @@ class PATCache(Cache):
     def _withdraw(self) -> None:
         """Takes back what was planned for a forward that stored nothing."""
         step, self.step = self.step, None
-        if step is None or step.written or not step.columns:
+        if step is None or step.written or step.packed:
             return
         for request, grown in step.grown.items():
             self.prefixes.truncate(request, grown)
@@ -837,71 +838,3 @@ def token_ids(given: torch.Tensor | np.ndarray | Sequence[int], what: str) -> np
             "text of no tokens, the beginning-of-text token."
         )
     return ids.astype(np.int64)
-
-
-def _windowed(config: PretrainedConfig) -> bool:
-    """Whether there are layers with windows."""
-    kinds = getattr(config, "layer_types", None)
-    window = getattr(config, "sliding_window", None)
-    return "sliding_attention" in kinds if kinds else window is not None
-
-
-def _heads(config: PretrainedConfig, dtype: torch.dtype) -> Heads:
-    query = config.num_attention_heads
-    kv = getattr(config, "num_key_value_heads", None) or query
-    dim = getattr(config, "head_dim", None) or config.hidden_size // query
-    # Where K and V differ; those that latents are expanded to.
-    key, value = (getattr(config, x, None) or dim for x in ("qk_head_dim", "v_head_dim"))
-    return Heads(query, kv, key, value, dtype.itemsize)
-
-
-def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
-    """The model inside a PEFT wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _supported_config(model: PreTrainedModel) -> PretrainedConfig:
-    """The text decoder's config, or an error that names what rules the model out."""
-    model = unwrapped(model)
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"PATCache takes the model it is for, as in PATCache(model), not a "
-            f"{type(model).__name__}."
-        )
-    name = type(model).__name__
-    config = model.config.get_text_config(decoder=True)
-    others = set(getattr(config, "layer_types", None) or ())
-    others -= {"full_attention", "sliding_attention"}
-    if model._is_stateful and not others:
-        others = {"recurrence"}
-    shapes = {
-        (layer.num_key_value_groups, getattr(layer, "head_dim", None))
-        for layer in model.modules()
-        if hasattr(layer, "num_key_value_groups") and layer.config is config
-    }
-    if model.config.is_encoder_decoder:
-        reason = "it is an encoder-decoder model"
-    elif others:
-        kinds = ", ".join(sorted(others))
-        reason = f"it has layers of other kinds than full and sliding attention ({kinds})"
-    elif not model._supports_attention_backend:
-        reason = "it computes attention in code of its own, which can't be replaced"
-    elif any(getattr(config, x, None) for x in ("add_cross_attention", "cross_attention_layers")):
-        reason = "it has cross-attention"
-    elif getattr(config, "keep_window_size", None):
-        reason = "its mask follows from the values (dynamic mask attention)"
-    elif len(shapes) > 1:
-        reason = "its layers have heads of different numbers or dims"
-    elif getattr(config, "is_causal", True) is False:
-        reason = "its attention is not causal"
-    elif config._attn_implementation != "pat":
-        raise ValueError(
-            f"PATCache needs the attention that reads its pages, and {name} has "
-            f"attn_implementation={config._attn_implementation!r}. Load it with "
-            'attn_implementation="pat", or call model.set_attn_implementation("pat").'
-        )
-    else:
-        return config
-    raise ValueError(
-        f"PATCache can't hold {name}'s keys and values: {reason}. Use DynamicCache for this model."
-    )

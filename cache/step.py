@@ -41,6 +41,14 @@ class Step:
             self.tensor = torch.empty((1, 1, *capacity), dtype=torch.int32, device=device)
             targets = torch.empty((2, batch * length), dtype=torch.int64, device=device)
         self._targets = {device: targets}
+        self.columns, self.real, self.grown = 0, None, {}
+        self.asked = False  # whether the mask function was called
+        self.written: set[int] = set()  # layers that have stored their K and V
+
+    @property
+    def packed(self) -> bool:
+        """Whether the forward is of tree nodes; it lengthens no request."""
+        return self.columns == 0
 
     def load(
         self,
@@ -61,8 +69,8 @@ class Step:
             grown: requests that the step lengthens, and by how many tokens.
         """
         self.columns, self.real, self.grown = columns, real, grown or {}
-        self.asked = False  # whether the mask function was called
-        self.written: set[int] = set()  # layers that have stored their K and V
+        self.asked = False
+        self.written = set()
         source = plan.elements(self.tensor.shape[2:])
         held = self.tensor.view(-1)[: len(source)]
         held.copy_(staged(source, self.tensor.device), non_blocking=True)

@@ -91,68 +91,72 @@ def packed(
         Logits [any, vocabulary] of the wanted tokens, in the order of the tree.
     """
     missing = set(missing)
-    token, position, node, page, slot, ends = [], [], [], [], [], []
-    rows = 0
-    request_of = {cache.prefixes.root(r): r for r in range(len(cache.prefixes))}
-    bounds: dict[int, int] = {}  # a request of each root: where the root's rows begin
-    size = cache.pool.page_size
-    for index, each in enumerate(order.nodes):
-        if each.start == 0:
-            root = each.parent
-        if each in missing:
-            inside = np.arange(each.length)
-            page.append(np.array(each.pages)[inside // size])
-            slot.append(inside % size)
-            ends.append(rows + wanted.get(each, inside[:0]))
-        elif each in wanted:
-            inside = wanted[each]
-            page.append(np.full(len(inside), SINK))
-            slot.append(np.zeros(len(inside), np.int64))
-            ends.append(rows + np.arange(len(inside)))
-        else:
-            continue
-        bounds.setdefault(request_of[root], rows)
-        token.append(each.tokens[inside])
-        position.append(each.start + inside)
-        node.append(np.full(len(inside), index, np.int32))
-        rows += len(inside)
-    token, position, node, page, slot, ends = map(
-        np.concatenate, (token, position, node, page, slot, ends)
-    )
-
-    # Rows of one root have one adapter.
-    stops = list(zip(bounds, [*bounds.values(), rows][1:], strict=True))
+    rows, ends, stops = _rows(cache, order, missing, wanted)
+    count = rows.shape[1]
     device = _input_device(model)
     chunk = chunk or cache.prefill_tokens
-    most = most or rows
+    most = most or count
     if not model._supports_logits_to_keep():
         chunk = min(chunk, most)  # there will be logits for every token
     first = done = 0
     try:
-        while first < rows:
+        while first < count:
             request, stop = next((r, b) for r, b in stops if b > first)
             stop = min(first + chunk, stop)
             if done + most < len(ends):
                 stop = min(stop, int(ends[done + most]))
-            part = slice(first, stop)
-            plan = cache.plan(order, node[part], position[part], device, ahead=0)
+            token, position, node, page, slot = rows[:, first:stop]
+            plan = cache.plan(order, node, position, device, ahead=0)
             step = Step(device, 1, stop - first, plan.shape)
-            cache.announce(step.load(plan, page[part], slot[part], columns=0))
+            cache.announce(step.load(plan, page, slot, columns=0))
             here = ends[done : np.searchsorted(ends, stop)] - first
-            inputs = {"position_ids": _moved(position[part], device)[None]}
+            inputs = {"position_ids": _moved(position, device)[None]}
             if feed is None:
-                inputs["input_ids"] = _moved(token[part], device)[None]
+                inputs["input_ids"] = _moved(token, device)[None]
             else:
-                inputs["inputs_embeds"] = feed(token[part])[None].to(device)
+                inputs["inputs_embeds"] = feed(token)[None].to(device)
             with adapters.only(cache.tuned, request):
                 logits = _logits(model, cache, inputs, here)
             yield logits
             first, done = stop, done + len(here)
     except BaseException:
-        cache.forget(missing)  # nodes without K and V must not be taken for stored ones
+        cache.discard(missing)  # nodes without K and V must not be taken for stored ones
         raise
     finally:
         cache.announce(None)
+
+
+def _rows(
+    cache: PATCache, order: Preorder, missing: set[Node], wanted: Mapping[Node, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, list[tuple[int, int]]]:
+    """What `packed` has to compute, as rows of one sequence in the order of the tree.
+
+    Returns:
+        Of each row its id, position and node, and the page and slot that it goes to: int64
+        [5, rows]. The rows whose logits are wanted, int64, ascending. For each adapter a request
+        that has it, and where its rows end.
+    """
+    rows, ends, count = [np.empty((5, 0), np.int64)], [np.empty(0, np.int64)], 0
+    request_of = {cache.prefixes.root(r): r for r in range(len(cache.prefixes))}
+    bounds: dict[int, int] = {}  # a request of each root: where the root's rows end
+    for index, node in enumerate(order.nodes):
+        if node.start == 0:
+            root = node.parent
+        if node in missing:
+            inside = np.arange(node.length)
+            places = cache.pool.places(node.pages, inside)
+            ends.append(count + wanted.get(node, inside[:0]))
+        elif node in wanted:
+            inside = wanted[node]
+            places = np.full_like(inside, SINK), np.zeros_like(inside)
+            ends.append(count + np.arange(len(inside)))
+        else:
+            continue
+        number = np.full_like(inside, index)
+        rows.append(np.stack([node.tokens[inside], node.start + inside, number, *places]))
+        count += len(inside)
+        bounds[request_of[root]] = count
+    return np.concatenate(rows, 1), np.concatenate(ends), list(bounds.items())
 
 
 def _moved(source: np.ndarray, device: torch.device) -> torch.Tensor:

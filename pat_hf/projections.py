@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 # As Transformers names the layers that its attention and MLPs feed the same tensor.
-_SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 _lock = threading.Lock()
 
@@ -29,7 +29,7 @@ def lay_together(model: nn.Module) -> None:
     """
     moved = False
     with _lock, torch.inference_mode(False), torch.no_grad():
-        for _, _, linears in _families(model):
+        for _, _, linears in _siblings(model):
             for tensors in _parameters(linears):
                 if _lie_together(tensors) or not all(map(_alone, tensors)):
                     continue
@@ -54,7 +54,7 @@ def joined(model: nn.Module) -> Iterator[None]:
     """
     replaced = []
     try:
-        for parent, names, linears in list(_families(model)):
+        for parent, names, linears in list(_siblings(model)):
             if not all(map(_lie_together, _parameters(linears))):
                 continue
             whole, held = _whole(linears), [None]
@@ -97,10 +97,10 @@ class _Projection(nn.Linear):
         return pair[1].narrow(-1, self.first, self.out_features)
 
 
-def _families(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...], list[nn.Linear]]]:
+def _siblings(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...], list[nn.Linear]]]:
     """Modules with layers of the same input; their names, and they."""
     for parent in model.modules():
-        for names in _SIBLINGS:
+        for names in _NAMES:
             linears = [parent._modules.get(name) for name in names]
             if all(type(x) is nn.Linear and "forward" not in vars(x) for x in linears):
                 kinds = {

@@ -10,9 +10,10 @@ import torch
 from transformers import PreTrainedModel
 
 from pat_hf.cache.page_pool import PoolExhausted
-from pat_hf.cache.pat_cache import PATCache, token_ids, unwrapped
+from pat_hf.cache.pat_cache import PATCache, token_ids
 from pat_hf.cache.prefix_tree import Node, common_prefix
 from pat_hf.prefill import packed
+from pat_hf.support import unwrapped
 
 _LOGITS = 1 << 26  # held at a time, in float32
 

@@ -1,0 +1,82 @@
+"""Which models a PATCache can be for, and what it has to know of them."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from pat_hf.kernels.plan import Heads
+
+
+def supported_config(model: PreTrainedModel) -> PretrainedConfig:
+    """The text decoder's config.
+
+    Raises:
+        TypeError: if `model` is not a Transformers model.
+        ValueError: if its attention can't be taken over; the message says why.
+    """
+    model = unwrapped(model)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"PATCache takes the model it is for, as in PATCache(model), not a "
+            f"{type(model).__name__}."
+        )
+    name = type(model).__name__
+    config = model.config.get_text_config(decoder=True)
+    others = set(getattr(config, "layer_types", None) or ())
+    others -= {"full_attention", "sliding_attention"}
+    if model._is_stateful and not others:
+        others = {"recurrence"}
+    shapes = {
+        (layer.num_key_value_groups, getattr(layer, "head_dim", None))
+        for layer in model.modules()
+        if hasattr(layer, "num_key_value_groups") and layer.config is config
+    }
+    if model.config.is_encoder_decoder:
+        reason = "it is an encoder-decoder model"
+    elif others:
+        kinds = ", ".join(sorted(others))
+        reason = f"it has layers of other kinds than full and sliding attention ({kinds})"
+    elif not model._supports_attention_backend:
+        reason = "it computes attention in code of its own, which can't be replaced"
+    elif any(getattr(config, x, None) for x in ("add_cross_attention", "cross_attention_layers")):
+        reason = "it has cross-attention"
+    elif getattr(config, "keep_window_size", None):
+        reason = "its mask follows from the values (dynamic mask attention)"
+    elif len(shapes) > 1:
+        reason = "its layers have heads of different numbers or dims"
+    elif getattr(config, "is_causal", True) is False:
+        reason = "its attention is not causal"
+    elif config._attn_implementation != "pat":
+        raise ValueError(
+            f"PATCache needs the attention that reads its pages, and {name} has "
+            f"attn_implementation={config._attn_implementation!r}. Load it with "
+            'attn_implementation="pat", or call model.set_attn_implementation("pat").'
+        )
+    else:
+        return config
+    raise ValueError(
+        f"PATCache can't hold {name}'s keys and values: {reason}. Use DynamicCache for this model."
+    )
+
+
+def windowed(config: PretrainedConfig) -> bool:
+    """Whether there are layers with windows."""
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None)
+    return "sliding_attention" in kinds if kinds else window is not None
+
+
+def heads_of(config: PretrainedConfig, dtype: torch.dtype) -> Heads:
+    """The heads of its layers, with K and V in `dtype`."""
+    query = config.num_attention_heads
+    kv = getattr(config, "num_key_value_heads", None) or query
+    dim = getattr(config, "head_dim", None) or config.hidden_size // query
+    # Where K and V differ; those that latents are expanded to.
+    key, value = (getattr(config, x, None) or dim for x in ("qk_head_dim", "v_head_dim"))
+    return Heads(query, kv, key, value, dtype.itemsize)
+
+
+def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
+    """The model inside a PEFT wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
