@@ -138,8 +138,10 @@ def draw(tree: PrefixTree) -> str:
         indent = indent.replace("├─ ", "│  ").replace("└─ ", "   ")
         if lengths := own.get(node):
             mark = "├─ " if children[node] else "└─ "
-            span = f"{min(lengths):,} to {max(lengths):,} tokens of their own"
-            lines.append(f"{indent}{mark}{_count(len(lengths), 'request')}, {span}")
+            few, many = min(lengths), max(lengths)
+            span = _count(many, "token") if few == many else f"{few:,} to {many:,} tokens"
+            whose = f"{_count(len(lengths), 'request')}, {span}"
+            lines.append(f"{indent}{mark}{whose} of {'its' if len(lengths) == 1 else 'their'} own")
         for i, (child, length) in enumerate(children[node][::-1]):
             stack.append((child, length, indent + ("├─ " if i else "└─ ")))
     return "\n".join(lines)

@@ -47,9 +47,9 @@ def test_drawing():
     assert draw(tree).splitlines() == [
         "6 requests",
         "└─ 100 tokens · 6 requests",
-        "   ├─ 1 request, 1 to 1 tokens of their own",
+        "   ├─ 1 request, 1 token of its own",
         "   ├─ 50 tokens · 3 requests",
-        "   │  └─ 3 requests, 1 to 1 tokens of their own",
+        "   │  └─ 3 requests, 1 token of their own",
         "   └─ 30 tokens · 2 requests",
-        "      └─ 2 requests, 2 to 2 tokens of their own",
+        "      └─ 2 requests, 2 tokens of their own",
     ]
