@@ -6,7 +6,8 @@
 
 A workload is a prefix tree: nodes on each level, and the tokens of each. Models have random
 weights; time does not depend on them. TTFT is the time from the call to the first token, TPOT the
-mean time of each further one; medians over `--repeat` calls, after one that is not counted.
+mean time of each further one; medians over `--repeat` calls, after one that is not counted. What
+runs out of GPU memory is printed as such and has no row.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from transformers import (
 import pat_hf
 from pat_hf.cache.prefix_tree import PrefixTree
 
-# name: (nodes on each level, tokens of each, new tokens)
+# name: ("nodes_tokens[xN]", new tokens)
 WORKLOADS = {
     "cpu": ("1,32_2048,32", 64),
     "cpu-disjoint": ("32_160", 64),
@@ -75,6 +76,8 @@ MODELS: dict[str, PretrainedConfig] = {
     ),
 }
 
+BANDWIDTH = 4.3e12  # bytes/s of an H200, which the floors are for
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -88,9 +91,12 @@ def main() -> None:
     parser.add_argument("--no-warm-up", action="store_true", help="count the first call, too")
     parser.add_argument("--out", type=Path, help="where to write the rows as JSON")
     args = parser.parse_args()
-    unknown = [name for name in args.workloads if name not in WORKLOADS]
-    if unknown or not (args.workloads or args.tree):
-        parser.error(f"give --tree, or workloads of {', '.join(WORKLOADS)}; not {unknown}")
+    if unknown := [name for name in args.workloads if name not in WORKLOADS]:
+        parser.error(f"no workload: {', '.join(unknown)}; there are {', '.join(WORKLOADS)}")
+    if not (args.workloads or args.tree):
+        parser.error(f"give --tree, or workloads of {', '.join(WORKLOADS)}")
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = MODELS[args.model or ("qwen3-8b" if device == "cuda" else "llama-100m")]
@@ -102,19 +108,23 @@ def main() -> None:
     named = {name: WORKLOADS[name] for name in args.workloads}
     if args.tree:
         named[args.tree] = (args.tree, 49)
-    rows = []
+    rows: list[dict] = []
+    result = conditions(config, dtype) | {"rows": rows}
     for name, (tree, new_tokens) in named.items():
         prompts = prompts_of(tree, config.vocab_size).to(device)
         for mode in args.modes:
             warm_up = not args.no_warm_up
             work = (prompts, args.new_tokens or new_tokens, mode, args.beams)
-            row = measure(model, *work, args.repeat, warm_up)
+            try:
+                row = measure(model, *work, args.repeat, warm_up)
+            except torch.OutOfMemoryError:  # what it held is freed before the next call
+                print(f"{name}, {mode}: out of memory", flush=True)
+                continue
             rows.append({"workload": name, "tree": tree, "mode": mode, "beams": args.beams} | row)
             print(json.dumps(rows[-1]), flush=True)
+            if args.out:
+                args.out.write_text(json.dumps(result, indent=1) + "\n")
     print(table(rows))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(conditions(config, dtype) | {"rows": rows}, indent=1) + "\n")
 
 
 def prompts_of(tree: str, vocabulary: int) -> torch.Tensor:
@@ -250,7 +260,7 @@ def measure(
         row |= {
             "early_ms": round((times[200] - times[100]) * 10, 3),
             "late_ms": round((times[-1] - times[-101]) * 10, 3),
-            "grown_ms": round(stored / 4.3e12 * 1e3, 3) if cuda else None,
+            "grown_ms": round(stored / BANDWIDTH * 1e3, 3) if cuda else None,
         }
     return row
 
@@ -263,7 +273,7 @@ def token_bytes(model: PreTrainedModel) -> int:
 
 
 def floor_ms(model: PreTrainedModel, prompts: torch.Tensor) -> float:
-    """What a decode step has to read at least, at 4.3 TB/s."""
+    """What a decode step has to read at least, at `BANDWIDTH`."""
     config = model.config
     weights = sum(x.numel() * x.element_size() for x in model.parameters())
     if not config.tie_word_embeddings:
@@ -273,7 +283,7 @@ def floor_ms(model: PreTrainedModel, prompts: torch.Tensor) -> float:
     for row in prompts.tolist():
         tree.insert(row)
     stored = token_bytes(model) * sum(node.length for node in tree)
-    return (weights + stored) / 4.3e12 * 1e3
+    return (weights + stored) / BANDWIDTH * 1e3
 
 
 def table(rows: list[dict]) -> str:
@@ -299,7 +309,7 @@ def table(rows: list[dict]) -> str:
 def conditions(config: PretrainedConfig, dtype: torch.dtype) -> dict[str, object]:
     """What a figure depends on: machine, versions, commit, command, model."""
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+        ["git", "describe", "--always", "--dirty", "--abbrev=7"],
         capture_output=True,
         text=True,
         cwd=Path(__file__).parent,
