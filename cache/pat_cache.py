@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Cache, PreTrainedModel
 from transformers.utils import logging
 
-from pat_hf import adapters
+from pat_hf import adapters, rotary
 from pat_hf.cache import archive
 from pat_hf.cache.columns import Columns
 from pat_hf.cache.page_pool import SINK, PagePool, PoolExhausted
@@ -90,6 +90,7 @@ class PATCache(Cache):
         self.store = Store(page_size, max_tokens, keep_bytes, self._workspace.memory)
         self._decoder: Decoder | None = None
         self._tuned: list[weakref.ref[nn.Module]] = []  # layers with adapters
+        self._rotaries: list[nn.Module] = []  # whose frequencies follow the batch's length
         self._begin_batch()
         self._count_from_zero()
 
@@ -100,6 +101,7 @@ class PATCache(Cache):
 
     def _begin_batch(self) -> None:
         self.families: list[Hashable] = []  # of the requests
+        self._regime: str | None = None  # of rotary frequencies, in which the prompts are stored
         self.opaque = False  # K and V of the requests are not told by their tokens
         self.fallback: str | None = None  # why prompts were computed request by request
         self.repeated = False  # the next forward begins with what is stored
@@ -299,8 +301,10 @@ class PATCache(Cache):
             PoolExhausted: if the prompts don't fit; the cache is as before.
         """
         families = self._families(len(input_ids))
+        regime = rotary.regime(self._rotaries, int(mask.sum(1).max()))
         prompts = [
-            (ids[real], family) for ids, real, family in zip(input_ids, mask, families, strict=True)
+            (ids[real], family if regime is None else (family, regime))
+            for ids, real, family in zip(input_ids, mask, families, strict=True)
         ]
         self._withdraw()
         self._label()
@@ -319,7 +323,7 @@ class PATCache(Cache):
         except BaseException:
             self._end_batch()  # the device's own memory ran out; no request may be without pages
             raise
-        self.families, self.opaque = families, False
+        self.families, self._regime, self.opaque = families, regime, False
         self.prefilled += sum(node.length for node in missing)
         self.found += sum(node.length for node in nodes) - sum(node.length for node in missing)
         self.prompted += int(mask.sum())
@@ -476,6 +480,7 @@ class PATCache(Cache):
         supported_config(model)
         adapters.refuse_virtual_tokens(model)
         self._find_adapters()
+        self._rotaries = rotary.scaled(model)
         if self.pool.layers and model.dtype != self.dtype:
             raise ValueError(
                 f"This PATCache was filled in {self.dtype} and the model is now in {model.dtype}. "
@@ -605,6 +610,8 @@ class PATCache(Cache):
         room = min((len(leaf.pages) * size - leaf.length for leaf in grown), default=size - 1)
         # A pad has no leaf to advance; the next step plans anew.
         self._room = room if length == 1 and len(leaves) == alive.sum() else 0
+        longest = int(position.max()) + 1 + self._room
+        self.opaque |= rotary.regime(self._rotaries, longest) != self._regime
         plan = self.plan(order, node.ravel(), position.ravel(), device)
         step = None
         if length == 1:
@@ -789,7 +796,8 @@ class PATCache(Cache):
     def save(self, path: str | Path) -> None:
         """Writes all that is stored, the batch of the last call included, for `load`.
 
-        Prompts and answers of adapters are left out, and so are pins.
+        Prompts and answers of adapters are left out, and so are pins, and batches so long that
+        the model's rotary frequencies follow their length (longrope, dynamic NTK).
 
         Args:
             path: a file, safetensors.

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
+from pat_hf import rotary
 from pat_hf.cache.page_pool import PagePool
 from pat_hf.cache.pat_cache import PATCache
 from pat_hf.cache.step import KVLength, Step
@@ -113,6 +114,8 @@ class Graph:
         pool: tuple[int, int] | None = None,
     ):
         self._given = _given_anew(inputs)
+        self._frequencies = rotary.Frequencies(rotary.scaled(cache.model))
+        self._frequencies.load(inputs["position_ids"])
         device = inputs["input_ids"].device
         step, current = cache.step, torch.cuda.current_stream(device)
         held = Pages(cache.pool.layers, step)
@@ -121,7 +124,7 @@ class Graph:
         stream = torch.cuda.Stream(device)
         stream.wait_stream(current)
         try:
-            with _capturing, joined(cache.model), layers, _cublaslt():
+            with _capturing, joined(cache.model), self._frequencies.fixed(), layers, _cublaslt():
                 with torch.cuda.stream(stream):
                     # Compiles kernels; what it stores, the first replay stores again.
                     out = forward(**inputs)
@@ -138,6 +141,7 @@ class Graph:
     def __call__(self, inputs: dict[str, Any]) -> ModelOutput:
         for name, held in self._given.items():
             held.copy_(inputs[name])
+        self._frequencies.load(inputs["position_ids"])
         self._graph.replay()
         # The next replay overwrites what this one returns.
         out = {k: x.clone() if torch.is_tensor(x) else x for k, x in self._out.items()}
@@ -297,8 +301,10 @@ def _obstacle(model: PreTrainedModel) -> str | None:
 def _state(model: PreTrainedModel) -> Hashable:
     """What a captured step takes for granted: where weights lie, and how modules are switched."""
     state: list[Hashable] = [str(model.get_experts_implementation())]
+    moving = rotary.scaled(model)  # graphs hold their buffers elsewhere
     for module in model.modules():
-        tensors = (*module._parameters.values(), *module._buffers.values())
+        buffers = () if module in moving else module._buffers.values()
+        tensors = (*module._parameters.values(), *buffers)
         state.append((module.training, *(_addresses(x) for x in tensors if x is not None)))
         if hasattr(type(module), "merged"):  # PEFT's layers
             switches = (module.active_adapters, module.merged, module.disable_adapters)

@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import EosTokenCriteria, StoppingCriteriaList, utils
 
-from pat_hf import adapters
+from pat_hf import adapters, rotary
 from pat_hf.cache.pat_cache import PATCache
 from pat_hf.graphs import Decoder
 from pat_hf.prefill import prefill
@@ -140,6 +140,8 @@ def _assisted_decoding(
         reason = _unshareable(model, cache, input_ids, inputs)
         if reason is None and inputs.get("inputs_embeds") is not None:
             reason = "assisted decoding is fed embeddings with its first candidates"
+        if reason is None and rotary.regime(rotary.scaled(model), config.max_length):
+            reason = "its rotary frequencies follow the length of the batch, candidates included"
         ids, seen = input_ids[:, :-1], None if mask is None else mask[:, :-1]
         if reason is not None:
             cache.share_nothing(reason)

@@ -42,7 +42,7 @@ _LATENT = {
 _SOME = _WINDOW | {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 
 
-def _config(name: str, **changes: object) -> PretrainedConfig:
+def config(name: str, **changes: object) -> PretrainedConfig:
     return getattr(transformers, name + "Config")(**_SMALL | changes)
 
 
@@ -51,12 +51,12 @@ def _group(query: int, kv: int) -> dict:
 
 
 CORE = {
-    "Llama": _config("Llama"),
-    "Qwen3": _config("Qwen3"),
-    "Qwen2, 7 heads on 1": _config("Qwen2", **_group(7, 1)),
-    "Qwen2, 6 heads on 2": _config("Qwen2", **_group(6, 2)),
-    "Mistral": _config("Mistral", **_WINDOW),
-    "Gemma 2": _config("Gemma2", **_SOME, attn_logit_softcapping=5.0, query_pre_attn_scalar=16),
+    "Llama": config("Llama"),
+    "Qwen3": config("Qwen3"),
+    "Qwen2, 7 heads on 1": config("Qwen2", **_group(7, 1)),
+    "Qwen2, 6 heads on 2": config("Qwen2", **_group(6, 2)),
+    "Mistral": config("Mistral", **_WINDOW),
+    "Gemma 2": config("Gemma2", **_SOME, attn_logit_softcapping=5.0, query_pre_attn_scalar=16),
     "GPT-2": transformers.GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=512,
@@ -68,15 +68,13 @@ CORE = {
         eos_token_id=None,
         pad_token_id=PAD,
     ),
-    "DeepSeek-V3": _config("DeepseekV3", **_LATENT, **_MOE),
+    "DeepSeek-V3": config("DeepseekV3", **_LATENT, **_MOE),
 }
 MODELS = CORE | {
-    "Mixtral": _config("Mixtral", **_MOE, num_local_experts=4),
-    "Qwen2, some windows": _config(
-        "Qwen2", **_WINDOW, use_sliding_window=True, max_window_layers=2
-    ),
-    "Qwen3-MoE": _config("Qwen3Moe", **_MOE, num_experts=4, moe_intermediate_size=32),
-    "Qwen2-MoE, some windows": _config(
+    "Mixtral": config("Mixtral", **_MOE, num_local_experts=4),
+    "Qwen2, some windows": config("Qwen2", **_WINDOW, use_sliding_window=True, max_window_layers=2),
+    "Qwen3-MoE": config("Qwen3Moe", **_MOE, num_experts=4, moe_intermediate_size=32),
+    "Qwen2-MoE, some windows": config(
         "Qwen2Moe",
         **_MOE,
         **_WINDOW,
@@ -86,84 +84,82 @@ MODELS = CORE | {
         use_sliding_window=True,
         max_window_layers=2,
     ),
-    "Phi-MoE": _config("Phimoe", **_MOE, **_WINDOW, num_local_experts=4),
-    "Gemma": _config("Gemma"),
-    "Gemma 3": _config("Gemma3Text", **_SOME, query_pre_attn_scalar=16),
-    "Phi": _config("Phi"),
-    "Phi-3": _config("Phi3"),
-    "GPT-OSS": _config("GptOss", **_MOE, **_SOME, num_local_experts=4),
-    "SmolLM3": _config("SmolLM3"),
-    "OLMo 2": _config("Olmo2"),
-    "Granite": _config("Granite"),
-    "StarCoder2": _config("Starcoder2", **_WINDOW),
-    "Cohere": _config("Cohere"),
-    "Cohere 2": _config("Cohere2", **_SOME),
-    "GPT-NeoX": _config("GPTNeoX", num_key_value_heads=4),
-    "GLM-4": _config("Glm4"),
-    "EXAONE 4": _config("Exaone4", **_SOME),
-    "Nemotron": _config("Nemotron"),
-    "DeepSeek-V2": _config("DeepseekV2", **_LATENT, **_MOE),
-    "Gemma 3n": _config(
+    "Phi-MoE": config("Phimoe", **_MOE, **_WINDOW, num_local_experts=4),
+    "Gemma": config("Gemma"),
+    "Gemma 3": config("Gemma3Text", **_SOME, query_pre_attn_scalar=16),
+    "Phi": config("Phi"),
+    "Phi-3": config("Phi3"),
+    "GPT-OSS": config("GptOss", **_MOE, **_SOME, num_local_experts=4),
+    "SmolLM3": config("SmolLM3"),
+    "OLMo 2": config("Olmo2"),
+    "Granite": config("Granite"),
+    "StarCoder2": config("Starcoder2", **_WINDOW),
+    "Cohere": config("Cohere"),
+    "Cohere 2": config("Cohere2", **_SOME),
+    "GPT-NeoX": config("GPTNeoX", num_key_value_heads=4),
+    "GLM-4": config("Glm4"),
+    "EXAONE 4": config("Exaone4", **_SOME),
+    "Nemotron": config("Nemotron"),
+    "DeepSeek-V2": config("DeepseekV2", **_LATENT, **_MOE),
+    "Gemma 3n": config(
         "Gemma3nText",
         **_SOME,
         num_kv_shared_layers=1,
         hidden_size_per_layer_input=8,
         vocab_size_per_layer_input=VOCABULARY,
     ),
-    "OPT": _config("OPT", ffn_dim=96, word_embed_proj_dim=64, num_key_value_heads=None),
+    "OPT": config("OPT", ffn_dim=96, word_embed_proj_dim=64, num_key_value_heads=None),
 }
 # By what the refusal says.
 REFUSED = {
     "it is an encoder-decoder model": {
-        "T5": _config("T5", d_model=32, d_kv=16, num_heads=2),
-        "BART": _config("Bart", d_model=32, encoder_layers=1, decoder_layers=1),
+        "T5": config("T5", d_model=32, d_kv=16, num_heads=2),
+        "BART": config("Bart", d_model=32, encoder_layers=1, decoder_layers=1),
     },
     "it computes attention in code of its own": {
-        "Bloom": _config("Bloom", n_head=4),
-        "MPT": _config("Mpt", d_model=64, n_heads=4, n_layers=2),
+        "Bloom": config("Bloom", n_head=4),
+        "MPT": config("Mpt", d_model=64, n_heads=4, n_layers=2),
         "Falcon": transformers.FalconConfig(
             hidden_size=64, num_attention_heads=4, num_hidden_layers=2
         ),
-        "GPT-J": _config("GPTJ", n_embd=64, n_head=4, n_layer=2, rotary_dim=8),
-        "CodeGen": _config("CodeGen", n_embd=64, n_head=4, n_layer=2, rotary_dim=8),
-        "GPT-Neo": _config("GPTNeo", attention_types=[[["global"], 3]]),
-        "StableLM": _config("StableLm"),
-        "XGLM": _config("XGLM", d_model=64, attention_heads=4, num_layers=2),
+        "GPT-J": config("GPTJ", n_embd=64, n_head=4, n_layer=2, rotary_dim=8),
+        "CodeGen": config("CodeGen", n_embd=64, n_head=4, n_layer=2, rotary_dim=8),
+        "GPT-Neo": config("GPTNeo", attention_types=[[["global"], 3]]),
+        "StableLM": config("StableLm"),
+        "XGLM": config("XGLM", d_model=64, attention_heads=4, num_layers=2),
     },
     "it has layers of other kinds than full and sliding attention": {
-        "RWKV": _config("Rwkv"),
-        "RecurrentGemma": _config("RecurrentGemma", lru_width=64),
-        "Mamba": _config("Mamba"),
-        "Mamba 2": _config("Mamba2", num_heads=8, head_dim=16),
-        "Jamba": _config("Jamba", num_experts=2),
-        "Bamba": _config("Bamba", mamba_n_heads=4, mamba_d_head=32),
-        "Granite 4": _config("GraniteMoeHybrid", mamba_n_heads=4, mamba_d_head=32),
-        "Nemotron-H": _config("NemotronH", layers_block_type=["mamba", "attention", "mamba"]),
-        "Qwen3-Next": _config("Qwen3Next", num_experts=2),
-        "Qwen3.5": _config("Qwen3_5Text"),
-        "OLMo Hybrid": _config("OlmoHybrid"),
-        "MiniMax": _config("MiniMax", num_local_experts=2),
-        "Falcon-H1": _config("FalconH1", mamba_d_ssm=128, mamba_n_heads=4, mamba_d_head=32),
-        "Zamba 2": _config("Zamba2", layers_block_type=["mamba", "hybrid", "mamba"]),
-        "LFM2": _config("Lfm2", layer_types=["conv", "full_attention", "conv"]),
-        "Llama 4": _config("Llama4Text", num_local_experts=2, intermediate_size_mlp=64),
-        "DeepSeek-V3.2": _config("DeepseekV32", **_LATENT),
-        "GLM-5": _config("GlmMoeDsa", **_LATENT),
-        "DeepSeek-V4": _config("DeepseekV4"),
+        "RWKV": config("Rwkv"),
+        "RecurrentGemma": config("RecurrentGemma", lru_width=64),
+        "Mamba": config("Mamba"),
+        "Mamba 2": config("Mamba2", num_heads=8, head_dim=16),
+        "Jamba": config("Jamba", num_experts=2),
+        "Bamba": config("Bamba", mamba_n_heads=4, mamba_d_head=32),
+        "Granite 4": config("GraniteMoeHybrid", mamba_n_heads=4, mamba_d_head=32),
+        "Nemotron-H": config("NemotronH", layers_block_type=["mamba", "attention", "mamba"]),
+        "Qwen3-Next": config("Qwen3Next", num_experts=2),
+        "Qwen3.5": config("Qwen3_5Text"),
+        "OLMo Hybrid": config("OlmoHybrid"),
+        "MiniMax": config("MiniMax", num_local_experts=2),
+        "Falcon-H1": config("FalconH1", mamba_d_ssm=128, mamba_n_heads=4, mamba_d_head=32),
+        "Zamba 2": config("Zamba2", layers_block_type=["mamba", "hybrid", "mamba"]),
+        "LFM2": config("Lfm2", layer_types=["conv", "full_attention", "conv"]),
+        "Llama 4": config("Llama4Text", num_local_experts=2, intermediate_size_mlp=64),
+        "DeepSeek-V3.2": config("DeepseekV32", **_LATENT),
+        "GLM-5": config("GlmMoeDsa", **_LATENT),
+        "DeepSeek-V4": config("DeepseekV4"),
     },
     "it has cross-attention": {
         "Llama 3.2 Vision": transformers.MllamaConfig(
             text_config=_SMALL | {"cross_attention_layers": [1]}
         ),
-        "BERT with an encoder": _config("Bert", is_decoder=True, add_cross_attention=True),
+        "BERT with an encoder": config("Bert", is_decoder=True, add_cross_attention=True),
     },
     "its layers have heads of different numbers or dims": {
-        "Gemma 4": _config(
-            "Gemma4Text", layer_types=["sliding_attention"] * 2 + ["full_attention"]
-        ),
-        "MiMo-V2-Flash": _config("MiMoV2Flash", **_SOME, n_routed_experts=8),
+        "Gemma 4": config("Gemma4Text", layer_types=["sliding_attention"] * 2 + ["full_attention"]),
+        "MiMo-V2-Flash": config("MiMoV2Flash", **_SOME, n_routed_experts=8),
     },
-    "its mask follows from the values": {"Doge": _config("Doge")},
+    "its mask follows from the values": {"Doge": config("Doge")},
 }
 # sdpa drops the soft-cap without a word, and has no sinks.
 EAGER = {"Gemma 2", "GPT-OSS"}

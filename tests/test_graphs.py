@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from transformers.generation import utils
 
 import pat_hf
-from pat_hf import graphs
+from pat_hf import graphs, rotary
 from pat_hf.cache import pat_cache, workspace
 
 from .models import MODELS, VOCABULARY, batch, pair
@@ -32,6 +32,7 @@ class Rerun(graphs.Graph):
         Rerun.made += 1
         self._forward, self._cache, self._compiled = forward, weakref.ref(cache), compiled
         self._given = graphs._given_anew(inputs)
+        self._frequencies = rotary.Frequencies(rotary.scaled(cache.model))
         self._inputs = {k: x for k, x in inputs.items() if k != "past_key_values"}
         self._step = cache.step
         self._address = cache.step.tensor.data_ptr()
@@ -42,10 +43,11 @@ class Rerun(graphs.Graph):
         assert cache.step is self._step and cache.step.tensor.data_ptr() == self._address
         for name, held in self._given.items():
             held.copy_(inputs[name])
+        self._frequencies.load(inputs["position_ids"])
         held = graphs.Pages(cache.pool.layers, cache.step)
         changed = {"attention_mask": None, "past_key_values": held}
-        layers = graphs._compiled_layers(cache.model, held)
-        with graphs.joined(cache.model), layers if self._compiled else torch.no_grad():
+        layers = graphs._compiled_layers(cache.model, held) if self._compiled else torch.no_grad()
+        with graphs.joined(cache.model), self._frequencies.fixed(), layers:
             out = self._forward(**self._inputs | self._given | changed)
         out.past_key_values = inputs["past_key_values"]
         return out

@@ -1,0 +1,125 @@
+"""Rotary embeddings whose frequencies follow the longest sequence of a batch.
+
+Transformers recomputes those of longrope (Phi-3, Phi-4) and of dynamic NTK scaling by the positions
+of each forward (`dynamic_rope_update`): beyond a length, equal tokens have other keys in a batch of
+another length.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def scaled(model: nn.Module) -> list[nn.Module]:
+    """The model's rotary embeddings of that kind; most models have none."""
+    return [x for x in model.modules() if any(map(_follows, _kinds(x).values()))]
+
+
+def regime(rotaries: Sequence[nn.Module], length: int) -> str | None:
+    """What tells keys apart of equal tokens in batches of different lengths.
+
+    Args:
+        rotaries: from `scaled`.
+        length: tokens of the batch's longest sequence.
+
+    Returns:
+        `None` for batches that aren't longer than what the model was trained for.
+    """
+    found = []
+    for module in rotaries:
+        for layers, kind in _kinds(module).items():
+            if kind == "longrope":
+                parameters = module.config.rope_parameters
+                parameters = parameters if layers is None else parameters[layers]
+                found.append(int(length > parameters["original_max_position_embeddings"]))
+            elif _follows(kind):
+                usual = module.original_max_seq_len
+                held = getattr(module, f"{layers}_max_seq_len_cached", module.max_seq_len_cached)
+                longest = max(length, int(held))  # it shrinks only to where it began
+                found.append(longest if longest > usual <= length else 0)
+    return str(found) if any(found) else None
+
+
+@contextmanager
+def of_length(rotaries: Sequence[nn.Module], length: int) -> Iterator[None]:
+    """For its length, this thread's forwards compute as in a batch with `length` tokens at most."""
+    thread = threading.get_ident()
+
+    def lengthen(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        if threading.get_ident() != thread:
+            return None
+        given = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
+        last = given.new_full((*given.shape[:-1], 1), length - 1)
+        changed = torch.cat([given, last], -1)
+        if "position_ids" in kwargs:
+            return args, kwargs | {"position_ids": changed}
+        return (args[0], changed, *args[2:]), kwargs
+
+    def shorten(module: nn.Module, args: tuple, out: Any) -> Any:
+        if threading.get_ident() != thread:
+            return None
+        return tuple(x[..., :-1, :] for x in out) if isinstance(out, tuple) else out[..., :-1, :]
+
+    with ExitStack() as stack:
+        for module in rotaries:
+            for handle in (
+                module.register_forward_pre_hook(lengthen, with_kwargs=True),
+                module.register_forward_hook(shorten),
+            ):
+                stack.callback(handle.remove)
+        yield
+
+
+class Frequencies:
+    """The frequencies of `rotaries` at addresses that a captured forward can hold."""
+
+    def __init__(self, rotaries: Sequence[nn.Module]):
+        self._rotaries = rotaries
+        with torch.inference_mode(False):  # as a graph's inputs
+            self._held = [
+                {n: module._buffers[n].clone() for n in _tables(module)} for module in rotaries
+            ]
+
+    def load(self, position_ids: torch.Tensor) -> None:
+        """Has them recomputed for a forward at `position_ids`, and copies them."""
+        for module, held in zip(self._rotaries, self._held, strict=True):
+            x = torch.empty(0, device=position_ids.device)
+            for layers in _kinds(module):
+                module(x, position_ids, *([] if layers is None else [layers]))
+            for name, table in held.items():
+                table.copy_(module._buffers[name])
+
+    @contextmanager
+    def fixed(self) -> Iterator[None]:
+        """For its length, forwards read what is held and recompute nothing."""
+        before = [(module.rope_type, dict(module._buffers)) for module in self._rotaries]
+        try:
+            for module, held in zip(self._rotaries, self._held, strict=True):
+                kinds = dict.fromkeys(_kinds(module), "default")
+                module.rope_type = kinds.get(None, kinds)
+                module._buffers.update(held)
+            yield
+        finally:
+            for module, (kind, buffers) in zip(self._rotaries, before, strict=True):
+                module.rope_type = kind
+                module._buffers.update(buffers)
+
+
+def _kinds(module: nn.Module) -> dict[str | None, Any]:
+    """The rope types of a module, by the type of layers they are for if they differ."""
+    kind = vars(module).get("rope_type")
+    return kind if isinstance(kind, dict) else {None: kind}
+
+
+def _follows(kind: Any) -> bool:
+    return isinstance(kind, str) and (kind == "longrope" or "dynamic" in kind)
+
+
+def _tables(module: nn.Module) -> list[str]:
+    return [x for x in module._buffers if x.endswith("inv_freq") and "original" not in x]

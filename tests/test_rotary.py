@@ -1,0 +1,155 @@
+"""Rotary embeddings whose frequencies follow the longest sequence: as in stock's forwards."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import pat_hf
+
+from .models import VOCABULARY, batch, config
+from .test_graphs import Rerun, rerun  # noqa: F401
+
+
+def longrope(**more):
+    return more | {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [4.0 + i for i in range(8)],
+        "original_max_position_embeddings": 64,
+        "factor": 8.0,
+    }
+
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+SCALED = {
+    "Llama, longrope": config("Llama", rope_parameters=longrope()),
+    "Phi-3, longrope": config(
+        "Phi3", rope_parameters=longrope(), original_max_position_embeddings=64
+    ),
+    "Phi-MoE, longrope": config(
+        "Phimoe",
+        num_local_experts=4,
+        rope_parameters=longrope(short_mscale=1.1, long_mscale=1.3),
+        original_max_position_embeddings=64,
+    ),
+    "Llama, dynamic": config("Llama", rope_parameters=DYNAMIC, max_position_embeddings=64),
+    "Gemma 3, dynamic in some layers": config(
+        "Gemma3Text",
+        sliding_window=19,
+        layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        query_pre_attn_scalar=16,
+        rope_parameters={"sliding_attention": PLAIN, "full_attention": DYNAMIC},
+        max_position_embeddings=64,
+    ),
+}
+each = pytest.mark.parametrize("name", SCALED)
+
+
+def pair(name):
+    """Stock and "pat": both afresh, for a rotary embedding remembers the lengths it has seen."""
+    models = []
+    for attention in ("sdpa", "pat"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(
+            copy.deepcopy(SCALED[name]), attn_implementation=attention, dtype=torch.float32
+        )
+        models.append(model.eval())
+    models[1].load_state_dict(models[0].state_dict())
+    return models
+
+
+def text(length, seed):
+    return np.random.default_rng(seed).integers(2, VOCABULARY, length).tolist()
+
+
+SHARED = text(40, 0)
+SHORT = batch([SHARED + text(5, 1), SHARED + text(9, 2)])
+LONG = batch([SHARED + text(60, 3), SHARED + text(50, 4)])
+MIXED = batch([SHARED + text(60, 3), SHARED + text(5, 1)])
+
+
+def generate(model, inputs, cache=None, **kwargs):
+    kwargs = {"max_new_tokens": 10, "do_sample": False} | kwargs
+    return model.generate(**inputs, past_key_values=cache, **kwargs)
+
+
+def same(stock, pat, inputs, cache, **kwargs):
+    theirs = generate(stock, inputs, **kwargs)
+    ours = generate(pat, inputs, cache, **kwargs)
+    assert torch.equal(ours, theirs)
+    return theirs
+
+
+@each
+def test_frequencies_matter_here(name):
+    """The same tokens beside a longer request are continued otherwise."""
+    stock, _ = pair(name)
+    alone = {key: x[1:, -45:] for key, x in MIXED.items()}
+    assert alone["attention_mask"].all()
+    logits = [stock(**x).logits[-1, -1] for x in (alone, MIXED)]
+    assert (logits[0] - logits[1]).abs().max() > 1e-2
+
+
+@each
+@pytest.mark.parametrize("chunk", [30, 8192])
+def test_batches_of_different_lengths_share_no_other_keys(name, chunk):
+    stock, pat = pair(name)
+    cache = pat_hf.PATCache(pat, keep_bytes=1 << 30, page_size=16, prefill_tokens=chunk)
+    for inputs in (SHORT, LONG, SHORT, MIXED, LONG):
+        same(stock, pat, inputs, cache)
+    if "dynamic" not in name:  # its frequencies are new at almost every step
+        before = cache.report().prefilled_tokens
+        same(stock, pat, LONG, cache)
+        assert cache.report().prefilled_tokens == before
+
+
+@each
+@pytest.mark.parametrize("steps", [15, 40])
+def test_answers_that_grow_beyond_the_length_are_not_kept(name, steps):
+    stock, pat = pair(name)
+    cache = pat_hf.PATCache(pat, keep_bytes=1 << 30, page_size=16)
+    answers = same(stock, pat, SHORT, cache, max_new_tokens=steps)
+    for stop in range(50, answers.shape[1], 4):
+        inputs = {"input_ids": answers[:1, :stop], "attention_mask": torch.ones(1, stop).long()}
+        inputs["attention_mask"][0, :4] = 0
+        same(stock, pat, inputs, cache, max_new_tokens=3)
+
+
+@each
+@pytest.mark.parametrize("inputs", [SHORT, LONG])
+def test_prompt_lookup(name, inputs):
+    stock, pat = pair(name)
+    inputs = {key: x[:1] for key, x in inputs.items()}
+    cache = pat_hf.PATCache(pat, keep_bytes=1 << 30, page_size=16)
+    for _ in range(2):
+        same(stock, pat, inputs, cache, prompt_lookup_num_tokens=3, max_new_tokens=25)
+
+
+@each
+def test_scores_in_groups(name):
+    stock, pat = pair(name)
+    contexts, continuations = [SHARED + text(60, 3)] * 3, [text(n, 20 + n) for n in (3, 5, 8)]
+    cache = pat_hf.PATCache(pat, page_size=16, prefill_tokens=64)
+    scores = pat_hf.loglikelihoods(pat, contexts, continuations, cache)
+    for row, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
+        logits = stock(torch.tensor([context + continuation])).logits[0].float()
+        logits = logits[len(context) - 1 : -1].log_softmax(-1)
+        wanted = logits[torch.arange(len(continuation)), torch.tensor(continuation)].sum()
+        if "dynamic" not in name:  # its frequencies follow the longest of the group
+            assert torch.allclose(scores.logprobs[row], wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(SCALED.keys() - {"Phi-MoE, longrope"}))
+def test_one_graph_serves_all_lengths(rerun, name):  # noqa: F811
+    stock, pat = pair(name)
+    cache = pat_hf.PATCache(pat, page_size=16, decode="captured")
+    same(stock, pat, LONG, cache, max_new_tokens=15)  # pages move until there are enough
+    for inputs in (LONG, SHORT, MIXED):
+        made = Rerun.made
+        same(stock, pat, inputs, cache, max_new_tokens=15)
+    assert Rerun.made == made
