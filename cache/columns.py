@@ -92,6 +92,10 @@ class Columns:
         """Ends requests that are fed one of `ids` from now on, when `find_ends` is called."""
         self._stops, self._searched = ids, len(self.fed)
 
+    def resume(self) -> None:
+        """Lets all requests go on; what they were fed behind their ends is padding."""
+        self._mask, self.ended = self.tokens(), np.full(len(self.ended), _NEVER)
+
     def find_ends(self) -> None:
         """Ends requests that were fed one of the ids to stop at: they get no more pages or work."""
         fed = self.fed[self._searched :]
@@ -123,6 +127,7 @@ class Columns:
             raise ValueError(
                 f"attention_mask says {int(mask[row, column])} at request {row}, column {column}, "
                 "and said otherwise when that token was stored, or the request had ended there. "
-                "Pass the mask of the prompts with ones behind it, or start with an empty cache."
+                "Pass the mask of the prompts with ones behind it; or, to go on behind ends that "
+                "requests met at different steps, all their tokens: what is stored is found."
             )
         return mask[:, self.length :]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +37,25 @@ logger = logging.get_logger(__name__)
 _MODES = ("auto", "eager", "captured", "compiled")
 _AHEAD = 512  # new tokens of a request that pages are reserved for; longer answers add to them
 _BY_TOKEN = ("input_ids", "position_ids")  # arguments of a forward that name each of its tokens
+
+
+def _surgery(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of `PATCache` that changes tree and pages.
+
+    What breaks off halfway, by Ctrl-C say, leaves neither to be relied on.
+    """
+
+    @functools.wraps(method)
+    def whole(cache: PATCache, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(cache, *args, **kwargs)
+        except (PoolExhausted, ValueError, torch.OutOfMemoryError):
+            raise  # all is as it was
+        except BaseException:
+            cache._broken = True
+            raise
+
+    return whole
 
 
 class PATCache(Cache):
@@ -89,6 +109,7 @@ class PATCache(Cache):
         self._workspace = lease(self.model, self)
         self.store = Store(page_size, max_tokens, keep_bytes, self._workspace.memory)
         self._decoder: Decoder | None = None
+        self._broken = False  # a change was broken off
         self._tuned: list[weakref.ref[nn.Module]] = []  # layers with adapters
         self._rotaries: list[nn.Module] = []  # whose frequencies follow the batch's length
         self._begin_batch()
@@ -108,6 +129,7 @@ class PATCache(Cache):
         self.decoding: str | None = None  # how the last `generate()` ran its decode steps
         self._columns = Columns(np.ones((0, 0), bool))
         self.step: Step | None = None
+        self._missing: list[Node] = []  # nodes that have pages, but no K and V yet
         self._room = 0  # steps until an open leaf needs a page
 
     @property
@@ -224,6 +246,7 @@ class PATCache(Cache):
         self._label()
         self._end_batch()
 
+    @_surgery
     def _end_batch(self) -> None:
         self.store.select([])
         self._begin_batch()
@@ -249,6 +272,7 @@ class PATCache(Cache):
         if count:
             self._cut(count)
 
+    @_surgery
     def _cut(self, count: int) -> None:
         """Removes the last `count` tokens of every request."""
         self._withdraw()
@@ -268,6 +292,7 @@ class PATCache(Cache):
         """Repeats every request, by reference."""
         self._select([i for i in range(len(self.prefixes)) for _ in range(repeats)])
 
+    @_surgery
     def _select(self, indices: Sequence[int]) -> None:
         self._withdraw()
         self.store.select(indices)
@@ -286,6 +311,7 @@ class PATCache(Cache):
 
     # What the forward asks
 
+    @_surgery
     def admit(self, input_ids: np.ndarray, mask: np.ndarray, ahead: int = 0) -> list[Node]:
         """Makes the prompts the batch; returns the nodes still to be computed.
 
@@ -320,7 +346,7 @@ class PATCache(Cache):
             if self._decoder is not None and not self.pool.layers:
                 self._decoder.prepare(self._workspace, self.pool)
             self.pool.extend([(node, 0) for node in missing])
-        except BaseException:
+        except Exception:
             self._end_batch()  # the device's own memory ran out; no request may be without pages
             raise
         self.families, self._regime, self.opaque = families, regime, False
@@ -329,7 +355,12 @@ class PATCache(Cache):
         self.prompted += int(mask.sum())
         self._columns = Columns(mask.copy())
         self.step = None
+        self._missing = missing
         return missing
+
+    def computed(self) -> None:
+        """Says that the nodes which `admit` returned are stored."""
+        self._missing = []
 
     def _families(self, batch: int) -> list[Hashable]:
         """What the adapters are that compute each row now."""
@@ -349,9 +380,10 @@ class PATCache(Cache):
         self.fallback, self.opaque = reason, True
         logger.warning_once(f"pat_hf computes each prompt on its own: {reason}.")
 
-    def discard(self, nodes: Iterable[Node]) -> None:
-        """Forgets all requests, and of `nodes` that they were ever stored."""
-        for node in nodes:
+    @_surgery
+    def discard(self) -> None:
+        """Forgets all requests, and what `admit` returned and wasn't computed."""
+        for node in self._missing:
             self.pool.drop(node)
         self._end_batch()
 
@@ -385,6 +417,8 @@ class PATCache(Cache):
     def disarm(self) -> None:
         """The `generate()` is over: forwards are the model's own again."""
         self.repeated = False
+        self._settle()
+        self._columns.resume()
         if self._decoder is not None:
             self.decoding = str(self._decoder)
             self._decoder = None
@@ -444,6 +478,7 @@ class PATCache(Cache):
                 return out
         return forward(*args, **kwargs)
 
+    @_surgery
     def _label(self) -> None:
         """Tells the tree the ids of what was generated, so that later prompts can share it."""
         ids = self._columns.ids
@@ -478,6 +513,7 @@ class PATCache(Cache):
                 "PATCache(model)."
             )
         supported_config(model)
+        self._settle()
         adapters.refuse_virtual_tokens(model)
         self._find_adapters()
         self._rotaries = rotary.scaled(model)
@@ -523,9 +559,15 @@ class PATCache(Cache):
 
         Raises:
             ValueError: if `batch` is not the number of requests, or `mask` not that of the tokens
-                stored; its values are looked at when the plan is made anew.
+                stored; its values are looked at when the plan is made anew. Or if the model's
+                layers would leave the cache aside.
             PoolExhausted: if there is no page for the new tokens; the cache is as before.
         """
+        if self.model.training and self.model.is_gradient_checkpointing:
+            raise ValueError(
+                "Gradient checkpointing takes the cache from the layers of a model in training "
+                "mode. Call model.eval(), or model.gradient_checkpointing_disable(), before."
+            )
         step = self._next_step(batch, length, mask, device)
         step.asked = True
         return step.tensor
@@ -543,11 +585,7 @@ class PATCache(Cache):
                 f"columns in the cache and {length} in this forward it must be {shape}."
             )
         if length == 1 and self._room > 0 and step is not None and step.shape == (batch, 1):
-            for request in step.grown:
-                self.prefixes.append(request, 1)
-            self._room -= 1
-            step.advance()
-            return step
+            return self._advance()
         self._withdraw()
         if len(self.prefixes) == 0:
             self.families = self._families(batch)
@@ -567,14 +605,36 @@ class PATCache(Cache):
         self.step = self._plan_growth(new, device)
         return self.step
 
+    @_surgery
+    def _advance(self) -> Step:
+        for request in self.step.grown:
+            self.prefixes.append(request, 1)
+        self._room -= 1
+        self.step.advance()
+        return self.step
+
+    def _settle(self) -> None:
+        """Clears away what a call left that was interrupted."""
+        if self._broken:
+            logger.warning("pat_hf: a call was interrupted in a change, so the PATCache is empty.")
+            pins = self.prefixes.pins
+            self.store, self._broken = self.store.empty(), False
+            self.prefixes.pins = pins
+            self._begin_batch()
+        elif self._missing:
+            self.discard()
+
+    @_surgery
     def _withdraw(self) -> None:
         """Takes back what was planned for a forward that stored nothing."""
+        self._settle()
         step, self.step = self.step, None
         if step is None or step.written or step.packed:
             return
         for request, grown in step.grown.items():
             self.prefixes.truncate(request, grown)
 
+    @_surgery
     def _plan_growth(self, real: np.ndarray, device: torch.device) -> Step:
         batch, length = real.shape
         padded, alive = not real.all(), self._columns.alive
@@ -691,6 +751,7 @@ class PATCache(Cache):
 
     def report(self) -> Report:
         """What sharing saved: tokens, bytes, traffic of a decode step, and the backend."""
+        self._settle()
         per_token = self.pool.bytes_per_token
         live, idle = self.prefixes.live(), self.prefixes.idle()
         read = 0
@@ -723,6 +784,7 @@ class PATCache(Cache):
 
     def tree(self) -> str:
         """The prefix tree, drawn for a terminal; alike leaves share a line."""
+        self._settle()
         return draw(self.prefixes)
 
     @property
@@ -747,6 +809,7 @@ class PATCache(Cache):
         """
         self.prefixes.pin(*self._prompt(input_ids))
 
+    @_surgery
     def unpin(self, input_ids: torch.Tensor | np.ndarray | Sequence[int]) -> None:
         """Undoes `pin`; the prompt stays as long as others do.
 
@@ -763,6 +826,7 @@ class PATCache(Cache):
             ) from None
         self.store.trim()
 
+    @_surgery
     def drop(self, input_ids: torch.Tensor | np.ndarray | Sequence[int]) -> int:
         """Removes a prompt and its answers, but nothing that another kept prompt needs.
 
@@ -790,6 +854,7 @@ class PATCache(Cache):
         self, input_ids: torch.Tensor | np.ndarray | Sequence[int]
     ) -> tuple[np.ndarray, Hashable]:
         tokens = token_ids(input_ids, "A prompt")
+        self._settle()
         self._find_adapters()
         return tokens, self._families(1)[0]
 

@@ -141,7 +141,7 @@ class Store:
             for prompt in prompts:
                 self.with_room(lambda prompt=prompt: self.tree.insert(*prompt))
             self.with_room(self.tree.cut)
-        except BaseException:
+        except Exception:
             self.tree.select(range(first), keep=True)  # a split found no pages
             raise
         self.tree.select(range(first, len(self.tree)), keep=True)

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import MethodType
+from typing import Any, NamedTuple
 
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from pat_hf.cache.pat_cache import PATCache
+
+
+class _Enabled(NamedTuple):
+    """What an enabled model was given, and what it was before."""
+
+    options: dict[str, Any]
+    attention: str
+    generate: Callable[..., Any] | None  # of its own, not its class's
 
 
 def enable(model: PreTrainedModel, **options: Any) -> None:
     """Gives every `model.generate()` that brings no cache of its own a fresh PATCache.
 
     Trainers and evaluation harnesses that call `generate()` themselves need no change. Does
-    nothing if the model is enabled already.
+    nothing if the model is enabled already. A deep copy of the model is enabled likewise.
 
     Args:
         model: a decoder-only model, with any attention implementation; it is switched to "pat".
@@ -31,10 +40,10 @@ def enable(model: PreTrainedModel, **options: Any) -> None:
             "keep_bytes: enable() makes a cache for each call, since weights may change between "
             "two, so nothing is kept. Give generate() one PATCache(model, keep_bytes=...) instead."
         )
-    if restore := vars(model).get("_pat_hf_disable"):
-        if options and options != restore.options:
+    if state := _state(model):
+        if options and options != state.options:
             raise ValueError(
-                f"This {type(model).__name__} is enabled with {restore.options} already, and was "
+                f"This {type(model).__name__} is enabled with {state.options} already, and was "
                 f"to be with {options}. Call disable() before."
             )
         return
@@ -45,33 +54,18 @@ def enable(model: PreTrainedModel, **options: Any) -> None:
     except BaseException:
         model.set_attn_implementation(attention)
         raise
-    generate = model.generate
-
-    @functools.wraps(generate)
-    def generate_with_pat(*args: Any, **kwargs: Any) -> Any:
-        # What `generate` itself would refuse together with a cache, or not use one for.
-        given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-        config = given or model.generation_config
-        for name, default in (("use_cache", True), ("cache_implementation", None)):
-            if kwargs.get(name, getattr(config, name, None)) not in (default, None):
-                return generate(*args, **kwargs)
-        if kwargs.get("past_key_values") is None:
-            kwargs["past_key_values"] = PATCache(model, **options)
-        return generate(*args, **kwargs)
-
-    def restore() -> None:
-        del model.generate, model._pat_hf_disable
-        model.set_attn_implementation(attention)
-
-    restore.options = options
-    model.generate = generate_with_pat
-    model._pat_hf_disable = restore
+    model._pat_hf = _Enabled(options, attention, vars(model).get("generate"))
+    # A bound method: a copy of the model gets one that is bound to the copy.
+    model.generate = MethodType(_generate, model)
 
 
 def disable(model: PreTrainedModel) -> None:
     """Undoes `enable`, without a trace; does nothing if the model isn't enabled."""
-    if restore := vars(model).get("_pat_hf_disable"):
-        restore()
+    if state := _state(model):
+        del model.generate, model._pat_hf
+        if state.generate is not None:
+            model.generate = state.generate
+        model.set_attn_implementation(state.attention)
 
 
 @contextmanager
@@ -84,10 +78,29 @@ def enabled(model: PreTrainedModel, **options: Any) -> Iterator[PreTrainedModel]
     Args:
         model, options: as for `enable`.
     """
-    before = "_pat_hf_disable" in vars(model)
+    before = _state(model)
     enable(model, **options)
     try:
         yield model
     finally:
         if not before:
             disable(model)
+
+
+def _state(model: PreTrainedModel) -> _Enabled | None:
+    return vars(model).get("_pat_hf")
+
+
+@functools.wraps(GenerationMixin.generate)
+def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+    state = _state(model)
+    generate = state.generate or MethodType(type(model).generate, model)
+    # What `generate` itself would refuse together with a cache, or not use one for.
+    given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+    config = given or model.generation_config
+    for name, default in (("use_cache", True), ("cache_implementation", None)):
+        if kwargs.get(name, getattr(config, name, None)) not in (default, None):
+            return generate(*args, **kwargs)
+    if kwargs.get("past_key_values") is None:
+        kwargs["past_key_values"] = PATCache(model, **state.options)
+    return generate(*args, **kwargs)

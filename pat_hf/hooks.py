@@ -19,8 +19,8 @@ from pat_hf.cache.pat_cache import PATCache
 from pat_hf.graphs import Decoder
 from pat_hf.prefill import prefill
 
-_served: weakref.WeakKeyDictionary[PreTrainedModel, int] = weakref.WeakKeyDictionary()
-_lock = threading.Lock()
+_served: weakref.WeakKeyDictionary[PreTrainedModel, set[object]] = weakref.WeakKeyDictionary()
+_lock = threading.RLock()
 
 # What `_prefill` may be given beside the prompts without it mattering to a packed forward.
 _PLAIN = {
@@ -194,31 +194,39 @@ def serving(model: PreTrainedModel) -> Iterator[None]:
 
     Blocks may overlap, in several threads; the model is as before when the last one ends.
     """
-    with _lock:
-        if not _served.get(model):
-            forward = model.forward
-
-            @functools.wraps(forward)
-            def switch(*args: Any, **kwargs: Any) -> Any:
-                cache = kwargs.get("past_key_values")
-                if isinstance(cache, PATCache):
-                    return cache.run(forward, args, kwargs)
-                return forward(*args, **kwargs)
-
-            # Accelerate, for one, may have given the model a forward of its own.
-            switch.own = vars(model).get("forward")
-            model.forward = switch
-        _served[model] = _served.get(model, 0) + 1
+    block = object()
     try:
+        with _lock:
+            blocks = _served.setdefault(model, set())
+            blocks.add(block)
+            if len(blocks) == 1:
+                model.forward = _switch(model)
         yield
     finally:
         with _lock:
-            _served[model] -= 1
-            if not _served[model]:
+            blocks = _served.setdefault(model, set())
+            blocks.discard(block)
+            if not blocks and hasattr(model.forward, "own"):
                 own = model.forward.own
                 del model.forward
                 if own is not None:
                     model.forward = own
+
+
+def _switch(model: PreTrainedModel) -> Callable[..., Any]:
+    """The model's forward, or the cache's `run` of it where there is a PATCache."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def switch(*args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, PATCache):
+            return cache.run(forward, args, kwargs)
+        return forward(*args, **kwargs)
+
+    # Accelerate, for one, may have given the model a forward of its own.
+    switch.own = vars(model).get("forward")
+    return switch
 
 
 def _refuse(model_kwargs: dict[str, Any]) -> None:

@@ -120,9 +120,7 @@ def packed(
                 logits = _logits(model, cache, inputs, here)
             yield logits
             first, done = stop, done + len(here)
-    except BaseException:
-        cache.discard(missing)  # nodes without K and V must not be taken for stored ones
-        raise
+        cache.computed()
     finally:
         cache.announce(None)
 

@@ -82,6 +82,23 @@ def test_a_cache_of_the_callers_own_is_respected():
     assert torch.equal(model.generate(ids, uncached), model.generate(ids, max_new_tokens=2))
 
 
+def test_a_copy_is_enabled_by_itself():
+    model = copy.deepcopy(pair("Llama")[0])
+    before = remains(model)
+    pat_hf.enable(model, page_size=16)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.lm_head.weight.neg_()
+    stock = copy.deepcopy(pair("Llama")[0])
+    stock.load_state_dict(twin.state_dict())
+    dense = tokens_through(stock)[1]
+    for enabled, same in ((model, pair("Llama")[0]), (twin, stock)):
+        out, distinct = tokens_through(enabled)
+        assert torch.equal(out, tokens_through(same)[0]) and distinct < dense
+        pat_hf.disable(enabled)
+        assert remains(enabled) == before
+
+
 @pytest.mark.parametrize(
     "first, second, words",
     [({}, {"keep_bytes": 9}, "keep_bytes.*each call"), ({}, {"page_size": 64}, "disable")],

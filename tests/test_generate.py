@@ -357,6 +357,17 @@ def test_a_finished_request_is_not_continued_unnoticed():
     mask[:, : inputs["input_ids"].shape[1]] = inputs["attention_mask"]
     with pytest.raises(ValueError, match="had ended"):
         pat(out[:, -3:], attention_mask=mask, past_key_values=cache)
+    new = torch.cat([out[:, -1:], out[:, :2]], 1)
+    with pytest.raises(ValueError, match="had ended.*all their tokens"):
+        generate(pat, {"input_ids": new, "attention_mask": mask}, cache, **kwargs)
+    # Behind the ends as they were seen there is padding, and all go on.
+    mask[:, : out.shape[1] - 1] = torch.from_numpy(cache._columns.tokens())
+    mask[:, out.shape[1] - 1 :] = 1
+    ids, positions = torch.cat([out, out[:, :2]], 1), (mask.cumsum(1) - 1).clamp_min(0)
+    theirs = stock(ids, attention_mask=mask, position_ids=positions).logits[:, -3:]
+    ids, positions = ids[:, -3:], positions[:, -3:]
+    ours = pat(ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("whole", [True, False])

@@ -1,6 +1,10 @@
-"""500 calls of generate() in mixed modes on one cache that is always short of memory."""
+"""One cache through many calls of generate(), in mixed modes, short of memory, interrupted."""
+
+import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -123,3 +127,77 @@ def test_five_hundred_calls():
     report = cache.report()
     # The store was of use, and too small.
     assert report.found_tokens > report.prefilled_tokens / 4 and report.evicted_tokens > 1000
+
+
+def run(model, prompts, cache=None, **kwargs):
+    torch.manual_seed(0)
+    kwargs = {"do_sample": False, "max_new_tokens": 4, "pad_token_id": PAD} | kwargs
+    return model.generate(**batch(prompts), past_key_values=cache, **kwargs)
+
+
+class Interrupt(KeyboardInterrupt):
+    """Ctrl-C at a line of our own code."""
+
+
+def interrupted(call, line):
+    """Runs `call`, interrupted at its line number `line`; how many lines of ours there were."""
+    ours = str(Path(pat_hf.__file__).parents[1])
+    count = 0
+
+    def in_frame(frame, event, argument):
+        nonlocal count
+        if event == "line":
+            count += 1
+            if count == line:
+                raise Interrupt
+        return in_frame
+
+    def trace(frame, event, argument):
+        file = frame.f_code.co_filename
+        return in_frame if file.startswith(ours) and "/tests/" not in file else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except Interrupt:
+        pass
+    finally:
+        sys.settrace(before)
+    return count
+
+
+@pytest.mark.parametrize("mode", ["greedy", "samples", "beams", "lookup", "eos"])
+def test_an_interrupt_anywhere_leaves_a_sound_cache(mode):
+    stock, pat = models()
+    kwargs = {
+        "greedy": {},
+        "samples": {"do_sample": True, "num_return_sequences": 2},
+        "beams": {"num_beams": 3},
+        "lookup": {"prompt_lookup_num_tokens": 3},
+        "eos": {"eos_token_id": list(range(2, VOCABULARY, 4))},
+    }[mode]
+    rng = np.random.default_rng(1)
+    shared = rng.integers(2, VOCABULARY, 40).tolist()
+    first, second = (
+        [shared[:cut] + rng.integers(2, VOCABULARY, n).tolist() for cut, n in cuts]
+        for cuts in ([(40, 5), (40, 9), (20, 8)], [(33, 9), (40, 30), (11, 4)])
+    )
+    second = second[:1] if mode == "lookup" else second
+    expected = run(stock, first), run(stock, second, **kwargs)
+    lines, kept = 0, 0
+    for at in [-1, *np.random.default_rng(2).uniform(size=40)]:
+        cache = pat_hf.PATCache(pat, 20 * PAGE * TOKEN, page_size=PAGE, prefill_tokens=25)
+        cache.pin(shared[:25])
+        run(pat, first, cache)
+        held = cache.report().kept_tokens
+        count = interrupted(lambda: run(pat, second, cache, **kwargs), int(at * lines))  # noqa: B023
+        lines = lines or count
+        cache.pool.check(list(cache.prefixes))
+        kept += cache.report().kept_tokens >= held
+        assert "forward" not in vars(pat)
+        assert torch.equal(run(pat, second, cache, **kwargs), expected[1])
+        assert torch.equal(run(pat, first, cache), expected[0])
+        cache.pool.check(list(cache.prefixes))
+        cache.unpin(shared[:25])
+    assert lines > 1000 and kept > 20

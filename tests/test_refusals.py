@@ -308,3 +308,25 @@ def test_arguments(kwargs):
     _, pat = pair("Llama")
     with pytest.raises(ValueError, match=next(iter(kwargs))):
         pat_hf.PATCache(pat, **kwargs)
+
+
+def test_gradient_checkpointing():
+    """In training mode layers are not given the cache; otherwise it changes nothing."""
+    stock, pat = (copy.deepcopy(model) for model in pair("Llama"))
+    inputs = batch(PROMPTS)
+    for model in (stock, pat):
+        model.gradient_checkpointing_enable()
+    cache = pat_hf.PATCache(pat)
+    for training in (True, False):
+        pat.train(training)
+        if training:
+            with pytest.raises(ValueError, match="training mode.*eval"):
+                pat.generate(**inputs, past_key_values=cache, max_new_tokens=3)
+            with pytest.raises(ValueError, match="training mode.*eval"):
+                pat(**inputs, past_key_values=pat_hf.PATCache(pat))
+        else:
+            outs = [
+                model.generate(**inputs, past_key_values=given, max_new_tokens=9)
+                for model, given in ((stock, None), (pat, cache))
+            ]
+            assert torch.equal(*outs)
