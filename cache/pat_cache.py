@@ -197,6 +197,7 @@ class PATCache(Cache):
     def is_linear(self) -> list[bool]:
         return [False] * len(self)
 
+    @torch.compiler.disable  # it would trace through the tree
     def update(
         self,
         key_states: torch.Tensor,
@@ -544,6 +545,7 @@ class PATCache(Cache):
                 "it. Give all prompts whole, padded on the left: what is stored of them is found."
             )
 
+    @torch.compiler.disable
     def begin(
         self, batch: int, length: int, mask: torch.Tensor | None, device: torch.device
     ) -> torch.Tensor:

@@ -78,5 +78,6 @@ def heads_of(config: PretrainedConfig, dtype: torch.dtype) -> Heads:
 
 
 def unwrapped(model: PreTrainedModel) -> PreTrainedModel:
-    """The model inside a PEFT wrapper."""
+    """The model inside the wrappers of torch.compile and PEFT."""
+    model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model

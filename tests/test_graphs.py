@@ -325,3 +325,21 @@ def test_a_workspace_is_passed_on_when_its_cache_goes():
     assert pat_hf.PATCache(model)._workspace is kept
     with pytest.raises(ValueError, match="decode='fast'"):
         pat_hf.PATCache(model, decode="fast")
+
+
+@pytest.mark.parametrize("way", ["model", "forward", "wrapper"])
+def test_a_model_that_its_user_compiled(way):
+    stock, pat = pair.__wrapped__("Llama")
+    given = pat
+    if way == "model":
+        pat.compile(backend="eager")
+    elif way == "forward":
+        pat.forward = torch.compile(pat.forward, backend="eager")
+    else:
+        given = torch.compile(pat, backend="eager")
+    torch._dynamo.reset()
+    cache = pat_hf.PATCache(given, page_size=16)
+    for seed in range(2):
+        inputs = prompts(seed)
+        ours = generate(given, inputs, cache, max_new_tokens=5)
+        assert torch.equal(ours, generate(stock, inputs, max_new_tokens=5))
