@@ -137,7 +137,7 @@ def test_every_distinct_token_is_computed_once(chunk, extra):
 
 
 @pytest.mark.parametrize("prompts", BATCHES)
-def test_memory(prompts):
+def test_pages_hold_each_distinct_token_once(prompts):
     _, pat = pair("Llama")
     cache = pat_hf.PATCache(pat, page_size=16)
     generate(pat, batch(BATCHES[prompts]), cache)
@@ -606,7 +606,6 @@ def test_pat_without_its_cache_is_sdpa(name):
 def test_half_precision_stays_within_twice_the_error_of_sdpa():
     prompts = batch(BATCHES["two-levels"])
     forced = torch.tensor([text(8, r) for r in range(4)])
-    exact = _forced(pair("Llama", torch.float32)[0], prompts, forced, None).double()
     stock, pat = pair("Llama", torch.bfloat16)
     exact_weights = copy.deepcopy(stock).float()
     exact = _forced(exact_weights, prompts, forced, None).double()

@@ -45,7 +45,7 @@ def test_same_tokens(tmp_path, name, kwargs):
         offload_folder=tmp_path / "offload",
     )
     assert any(p.is_meta for p in model.parameters()) == ("disk" in MAPS[name].values())
-    kwargs |= {"max_new_tokens": 20, "do_sample": False}
+    kwargs = kwargs | {"max_new_tokens": 20, "do_sample": False}
     cache = pat_hf.PATCache(model)
     expected = stock.generate(**INPUTS, **kwargs)
     for _ in range(2):

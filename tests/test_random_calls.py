@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import pat_hf
-from pat_hf.cache.page_pool import SINK
 
 from .models import PAD, batch
 
@@ -72,10 +71,7 @@ def check(cache):
     """The pool counts what the nodes hold, the budget is kept, nothing grows."""
     pool, nodes = cache.pool, list(cache.prefixes)
     pool.check(nodes)
-    held = {page for node in nodes for page in node.pages}
-    assert SINK not in held and pool.references[SINK] == 1
-    assert not held & set(pool._free)
-    assert len(held) + len(pool._free) + 1 == len(pool.references) <= LIMIT + 1
+    assert len(pool.references) <= LIMIT + 1
     for tensor in pool._tensors():
         assert len(tensor) == len(pool.references)
     assert len(nodes) <= LIMIT
@@ -120,10 +116,8 @@ def test_five_hundred_calls():
             cache.clear()
             cache.drop(prompts[-1] + [2])
             check(cache)
-        if call == CALLS // 2:
-            nodes = len(pat._forward_pre_hooks), len(cache.prefixes.roots), len(cache._columns.fed)
-    assert len(modes) == 7
-    assert (len(pat._forward_pre_hooks), len(cache.prefixes.roots)) == nodes[:2]
+    assert len(modes) == 7 and len(cache.prefixes.roots) == 1
+    assert "forward" not in vars(pat)
     report = cache.report()
     # The store was of use, and too small.
     assert report.found_tokens > report.prefilled_tokens / 4 and report.evicted_tokens > 1000

@@ -18,17 +18,31 @@ def test_figures_are_those_of_the_results():
 
 def test_the_examples_run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first, *others = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (second,) = (code for code in others if "keep_bytes" in code)
+    first, enabled, store, scoring = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {
         "name": str(ROOT / "examples" / "facts-llama"),
         "prompts": ["Question: Who?\nAnswer:", "Question: When was it?\nAnswer:"],
+        "contexts": [[5, 6, 7], [5, 6, 8]],
+        "continuations": [[9], [10, 11]],
     }
     exec(first, names)
     assert names["out"].shape[0] == 2
     assert "2 requests" in capsys.readouterr().out
-    exec(second, names)
+    used = []
+
+    class trainer:
+        @staticmethod
+        def train():
+            out = names["model"].generate(**names["inputs"], return_dict_in_generate=True)
+            used.append(type(out.past_key_values))
+
+    exec(enabled, names | {"trainer": trainer})
+    trainer.train()
+    assert used[0] is names["pat_hf"].PATCache and used[1] is not used[0]
+    exec(store, names)
     printed = capsys.readouterr().out
     lines = [line for line in printed.splitlines() if line.startswith(("reused", "kept"))]
     assert "\n".join(f"    {line}" for line in lines) in README
     assert names["cache"].report().kept_tokens > 0
+    exec(scoring, names)
+    assert len(names["scores"].logprobs) == len(names["scores"].greedy) == 2

@@ -177,14 +177,9 @@ def test_a_model_that_makes_no_mask():
         pat_attention(layer, queries, pages.expand(3, -1, -1, -1), pages, None)
 
 
-def test_other_objects():
+def test_a_cache_for_what_is_no_model():
     with pytest.raises(TypeError, match="str"):
         pat_hf.PATCache("llama")
-
-
-def test_attention_weights_and_no_cache():
-    refused(batch(PROMPTS), "eager", output_attentions=True, return_dict_in_generate=True)
-    refused(batch(PROMPTS), "use_cache=False", use_cache=False)
 
 
 def test_pool_exhausted_by_prompts_leaves_the_batch():
@@ -303,7 +298,16 @@ def test_a_step_that_breaks_off_stores_nothing(layer):
     torch.testing.assert_close(ours.logits[0], theirs.logits[0], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kwargs", [{"page_size": 20}, {"max_tokens": 3}, {"prefill_tokens": 0}])
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"page_size": 20},
+        {"max_tokens": 3},
+        {"prefill_tokens": 0},
+        {"keep_bytes": -1},
+        {"decode": "fast"},
+    ],
+)
 def test_arguments(kwargs):
     _, pat = pair("Llama")
     with pytest.raises(ValueError, match=next(iter(kwargs))):

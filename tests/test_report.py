@@ -9,7 +9,7 @@ from pat_hf.cache.report import draw
 from .models import batch, pair
 
 
-def test_figures():
+def test_the_report_counts_what_was_shared():
     _, pat = pair("Llama")
     cache = pat_hf.PATCache(pat, page_size=16)
     assert str(cache.report()) and cache.tree() == "0 requests"
