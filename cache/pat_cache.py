@@ -604,8 +604,7 @@ class PATCache(Cache):
             self._columns.find_ends()
         mask = np.ones(shape, bool) if mask is None else mask.cpu().numpy().astype(bool)
         new = self._columns.added(mask, ended_too=self._decoder is not None)
-        self.step = self._plan_growth(new, device)
-        return self.step
+        return self._plan_growth(new, device)
 
     @_surgery
     def _advance(self) -> Step:
@@ -691,7 +690,7 @@ class PATCache(Cache):
             step = Step(device, batch, length, capacity)
             if length == 1:
                 self._workspace.steps[device, batch] = step
-        return step.load(
+        self.step = step.load(
             plan,
             pages.ravel(),
             slots.ravel(),
@@ -699,6 +698,7 @@ class PATCache(Cache):
             real=real if padded else None,
             grown={request: int(counts[request]) for request in leaves},
         )
+        return self.step
 
     def plan(
         self,
