@@ -801,7 +801,7 @@ class PATCache(Cache):
         """Keeps a prompt until it is unpinned, beside `keep_bytes` and whatever that is.
 
         One that isn't stored yet, or not whole, is kept from when it is. The adapter that is
-        active now is meant.
+        active now is meant, and batches at the model's usual rotary frequencies.
 
         Args:
             input_ids: int [any], one prompt without padding.
