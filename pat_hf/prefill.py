@@ -44,8 +44,8 @@ def prefill(
         Logits of each prompt's last token [batch, 1, vocabulary], and the cache.
 
     Raises:
-        ValueError: if the prompts are padded anywhere but on the left, or empty, or the mask
-            doesn't fit them.
+        ValueError: if the prompts are padded anywhere but on the left, or empty, or none, or the
+            mask doesn't fit them.
         PoolExhausted: if they don't fit into `max_tokens`.
     """
     feed = None
@@ -206,6 +206,8 @@ def _checked_mask(
     cache: PATCache, ids: np.ndarray, attention_mask: torch.Tensor | None
 ) -> np.ndarray:
     """The mask as bool [batch, columns], once it is known to make sense."""
+    if not len(ids):
+        raise ValueError(f"input_ids has shape {ids.shape}: no prompts. Give one or more.")
     if attention_mask is None:
         mask = np.ones(ids.shape, bool)
     elif tuple(attention_mask.shape) != ids.shape:

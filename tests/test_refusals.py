@@ -69,6 +69,11 @@ def test_empty_prompt():
     refused(inputs_of([[3, 4], [0, 0]], [[1, 1], [0, 0]]), "Prompts \\[1\\] are empty")
 
 
+def test_no_prompts():
+    none = torch.zeros((0, 3), dtype=torch.int64)
+    refused({"input_ids": none, "attention_mask": none}, "\\(0, 3\\): no prompts")
+
+
 def test_mask_of_another_shape():
     # Asked directly: newer versions of generate() mend the mask before it gets here.
     _, pat = pair("Llama")
