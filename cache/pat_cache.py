@@ -350,7 +350,8 @@ class PATCache(Cache):
         except Exception:
             self._end_batch()  # the device's own memory ran out; no request may be without pages
             raise
-        self.families, self._regime, self.opaque = families, regime, False
+        self.families, self._regime = families, regime
+        self.opaque, self.fallback = False, None
         self.prefilled += sum(node.length for node in missing)
         self.found += sum(node.length for node in nodes) - sum(node.length for node in missing)
         self.prompted += int(mask.sum())

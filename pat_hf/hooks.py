@@ -106,6 +106,8 @@ def _prefill(
                     "holds. Call clear() on the cache first, or make a new one."
                 )
             cache.share_nothing(reason)
+        elif reason is not None:
+            cache.opaque = True  # what it stores is not told by its tokens
         out = stock(model, input_ids, generation_config, model_kwargs, is_first_iteration)
     cache.stop_at(getattr(generation_config, "_stops", ()))
     return out
@@ -148,7 +150,8 @@ def _assisted_decoding(
         elif ids.numel() and (seen is None or seen.any()):
             # The first step has no prefill before it. It is fed the whole prompt, which ends with
             # the one token that is not stored.
-            steps = config.max_length - input_ids.shape[1]
+            drafted = config.prompt_lookup_num_tokens or config.num_assistant_tokens or 0
+            steps = config.max_length - input_ids.shape[1] + drafted
             prefill(model, cache, ids, seen, config.prefill_chunk_size, steps)
             cache.repeated = True
         else:
@@ -256,6 +259,8 @@ def _unshareable(
     if others:
         return f"{', '.join(others)} may make equal tokens differ"
     given, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")
+    if given is None and mask is not None and not mask.all():
+        return "the model's forward takes no position_ids, so that padding is numbered, too"
     if given is not None:
         if mask is None:
             usual = torch.arange(given.shape[-1], device=given.device).expand(given.shape[-2:])
@@ -287,8 +292,8 @@ def _renumbers(
 
 
 def _says_nothing(x: Any) -> bool:
-    """Whether an argument of the forward can't be about single tokens: a switch, or empty."""
-    if x is None or isinstance(x, (bool, int, float, str)):
+    """Whether an argument of the forward, which a packed one is not given, is off or empty."""
+    if x is None or x is False:
         return True
     return isinstance(x, (dict, list, tuple)) and not x
 

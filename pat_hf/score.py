@@ -86,6 +86,8 @@ def _pairs(contexts: Sequence, continuations: Sequence) -> list[_Pair]:
             token_ids(x, f"{name} {i}")
             for x, name in zip(each, ("Context", "Continuation"), strict=True)
         )
+        if (targets < 0).any():
+            raise ValueError(f"Continuation {i} has the id {targets.min()}: no token has it.")
         pairs.append(_Pair(np.concatenate([context, targets[:-1]]), targets))
     return pairs
 

@@ -627,3 +627,29 @@ def test_autocast_computes_in_its_dtype_as_sdpa_does(name):
         ours = _forced(pat, inputs, forced, cache)
     assert cache.pool.layers[0].keys.dtype == cache.pool.layers[0].values.dtype == torch.bfloat16
     assert (ours - exact).abs().max() <= 2 * (theirs - exact).abs().max() + 1e-5
+
+
+def test_a_continuation_at_other_positions_is_not_shared_later():
+    stock, pat = pair("Llama")
+    cache = pat_hf.PATCache(pat, 1 << 24)
+    ids, new = torch.arange(3, 15)[None], torch.arange(20, 26)[None]
+    both = torch.cat([ids, new], 1)
+    generate(pat, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, cache)
+    cache.crop(-cache.get_seq_length() + 12)
+    inputs = {"input_ids": new, "attention_mask": torch.ones_like(both)}
+    generate(pat, inputs | {"position_ids": new + 20}, cache, max_new_tokens=2)
+    ids = torch.cat([both, torch.tensor([[30, 31]])], 1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(generate(pat, inputs, cache), generate(stock, inputs))
+
+
+def test_padding_before_a_forward_that_is_given_no_positions():
+    """As one whose signature doesn't name them: stock numbers the padding then."""
+    stock, pat = (copy.deepcopy(model) for model in pair("Llama"))
+    for model in (stock, pat):
+        model.forward = functools.partial(
+            lambda f, *args, **kwargs: f(*args, **kwargs), model.forward
+        )
+    cache, inputs = pat_hf.PATCache(pat), batch(BATCHES["ragged"])
+    assert torch.equal(generate(pat, inputs, cache), generate(stock, inputs))
+    assert "position_ids" in cache.fallback

@@ -361,6 +361,16 @@ def test_assisted_decoding_reuses_and_keeps(mode):
     assert same(cache, [SYSTEM[:10] * 3]) == 0
 
 
+def test_a_store_in_the_way_of_candidates_is_evicted():
+    """What cuts the prompt costs a page, which drafted tokens need, too."""
+    cache = cache_of(max_tokens=4 * PAGE)
+    prompt = text(5, 0) * 6
+    same(cache, [prompt[:10] + [2], prompt[:20] + [2]], max_new_tokens=1)
+    given, mode = [prompt], {"prompt_lookup_num_tokens": 3, "max_new_tokens": 15}
+    stock, pat = pair("Llama")
+    assert torch.equal(generate(pat, given, cache, **mode), generate(stock, given, **mode))
+
+
 def test_interrupted_assisted_decoding_leaves_a_sound_cache():
     cache = cache_of()
     _, pat = pair("Llama")
