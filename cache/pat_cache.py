@@ -457,6 +457,11 @@ class PATCache(Cache):
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if self.step is None or not self.step.packed:
             self._columns.fed.append(ids)
+            positions = kwargs.get("position_ids")
+            if self._decoder is None and positions is not None:  # a loop of the caller's own
+                stored = self._columns.tokens().sum(1)[:, None] if len(self.prefixes) else 0
+                usual = stored + np.arange(positions.shape[-1])
+                self.opaque |= not (positions.cpu().numpy() == usual).all()
             if self._tuned and self.families:
                 self.opaque |= self._families(len(self.families)) != self.families
         decoder, step = self._decoder, self.step

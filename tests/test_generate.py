@@ -653,3 +653,18 @@ def test_padding_before_a_forward_that_is_given_no_positions():
     cache, inputs = pat_hf.PATCache(pat), batch(BATCHES["ragged"])
     assert torch.equal(generate(pat, inputs, cache), generate(stock, inputs))
     assert "position_ids" in cache.fallback
+
+
+def test_a_loop_at_other_positions_is_not_shared_later():
+    def loop(model, input_ids, **kwargs):
+        positions = 2 * torch.arange(30, 42)[None]
+        cache = kwargs["past_key_values"]
+        model(input_ids=input_ids, position_ids=positions, past_key_values=cache)
+        return input_ids
+
+    stock, pat = pair("Llama")
+    cache, ids = pat_hf.PATCache(pat), torch.arange(3, 15)[None]
+    pat.generate(ids, custom_generate=loop, past_key_values=cache, max_new_tokens=5)
+    ids = torch.cat([ids, ids[:, :6]], 1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(generate(pat, inputs, cache), generate(stock, inputs))
