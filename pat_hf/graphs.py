@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -125,15 +125,20 @@ class Graph:
         stream.wait_stream(current)
         try:
             with _capturing, joined(cache.model), self._frequencies.fixed(), layers, _cublaslt():
-                with torch.cuda.stream(stream):
+                with torch.cuda.stream(stream):  # where PyTorch stays if a capture fails
                     # Compiles kernels; what it stores, the first replay stores again.
                     out = forward(**inputs)
-                others = [k for k, x in out.items() if not torch.is_tensor(x) and x is not held]
-                if others:
-                    raise TypeError(f"its output has {', '.join(others)}")
-                self._graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._graph, pool, stream, "thread_local"):
-                    self._out = forward(**inputs)
+                    others = [k for k, x in out.items() if not torch.is_tensor(x) and x is not held]
+                    if others:
+                        raise TypeError(f"its output has {', '.join(others)}")
+                    self._graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(self._graph, pool, stream, "thread_local"):
+                        self._out = forward(**inputs)
+        except BaseException:
+            # PyTorch leaves it capturing, and refuses random numbers from then on.
+            generator = torch.cuda.default_generators[device.index]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
         finally:
             current.wait_stream(stream)  # it may still be reading what is freed then
         self.pool = self._graph.pool()
@@ -291,6 +296,8 @@ def _obstacle(model: PreTrainedModel) -> str | None:
     for name, module in model.named_modules():
         if getattr(vars(module).get("_hf_hook"), "offload", False):
             return f"{name or 'the model'} is offloaded"
+        if rotary.on_the_host(module):
+            return f"{name} looks at the positions on the host"
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             # Transformers' own note hidden states, where asked for.
             if getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
@@ -327,8 +334,13 @@ def _compiled_layers(model: PreTrainedModel, held: Pages) -> Iterator[None]:
     layers = [
         module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
     ]
-    # Every batch and kind of layer counts as a recompilation; equal sizes are a coincidence.
-    limits = torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024)
+    # Every batch and kind of layer counts as a recompilation; equal sizes are a coincidence; what
+    # is done to q and to k can be one kernel.
+    options = (
+        torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024),
+        torch.fx.experimental._config.patch(use_duck_shape=False),
+        torch._inductor.config.patch(combo_kernels=True),
+    )
     with _capturing:
         if not layers or any("forward" in vars(layer) for layer in layers):
             raise TypeError("its decoder layers can't be told or have forwards of their own")
@@ -338,7 +350,9 @@ def _compiled_layers(model: PreTrainedModel, held: Pages) -> Iterator[None]:
             for layer in layers:
                 number = next(x.layer_idx for x in layer.modules() if hasattr(x, "layer_idx"))
                 layer.forward = functools.partial(_run_layer, layer, held, held.layers[number])
-            with limits, torch.fx.experimental._config.patch(use_duck_shape=False):
+            with ExitStack() as stack:
+                for option in options:
+                    stack.enter_context(option)
                 yield
         finally:
             for layer in layers:

@@ -18,7 +18,12 @@ from torch import nn
 
 def scaled(model: nn.Module) -> list[nn.Module]:
     """The model's rotary embeddings of that kind; most models have none."""
-    return [x for x in model.modules() if any(map(_follows, _kinds(x).values()))]
+    return [x for x in model.modules() if _scaled(x)]
+
+
+def on_the_host(module: nn.Module) -> bool:
+    """Whether it waits for the device to choose a scale by the positions, as Phi-MoE's does."""
+    return _scaled(module) and "long_mscale" in module.config.rope_parameters
 
 
 def regime(rotaries: Sequence[nn.Module], length: int) -> str | None:
@@ -115,6 +120,10 @@ def _kinds(module: nn.Module) -> dict[str | None, Any]:
     """The rope types of a module, by the type of layers they are for if they differ."""
     kind = vars(module).get("rope_type")
     return kind if isinstance(kind, dict) else {None: kind}
+
+
+def _scaled(module: nn.Module) -> bool:
+    return any(map(_follows, _kinds(module).values()))
 
 
 def _follows(kind: Any) -> bool:

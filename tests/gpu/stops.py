@@ -3,7 +3,8 @@
     python tests/gpu/stops.py
 
 Stops are looked at a step late there, unless a default device is set, as the other tests do. And a
-store that was saved on the CPU serves a model on the GPU.
+step that can't be captured, which is found out while it is; and a store that was saved on the CPU
+serves a model on the GPU.
 """
 
 from __future__ import annotations
@@ -55,6 +56,19 @@ def main() -> None:
                     good = all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
                     failed += not good
                     print(f"{len(ends)} ends, {mode}, {decode}, {turn}: {good}; {cache.decoding}")
+    norm = pat.model.norm.forward
+    pat.model.norm.forward = lambda x: norm(x * float(x.isfinite().all()))  # waits for the device
+    for mode, kwargs in MODES.items() if device.type == "cuda" else ():
+        expected = tokens(stock, inputs, None, **kwargs)
+        for decode in ("captured", "compiled"):
+            cache, stream = pat_hf.PATCache(pat, decode=decode), torch.cuda.current_stream()
+            for turn in ("first", "second"):
+                ours = tokens(pat, inputs, cache, **kwargs)
+                good = all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+                good &= torch.cuda.current_stream() == stream and "failed" in cache.decoding
+                failed += not good
+                print(f"not to be captured, {mode}, {decode}, {turn}: {good}; {cache.decoding}")
+    del pat.model.norm.forward
     with tempfile.TemporaryDirectory() as folder:
         cpu_cache.save(f"{folder}/store.safetensors")
         cache = pat_hf.PATCache.load(f"{folder}/store.safetensors", pat)
