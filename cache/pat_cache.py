@@ -111,7 +111,7 @@ class PATCache(Cache):
         self._decoder: Decoder | None = None
         self._broken = False  # a change was broken off
         self._tuned: list[weakref.ref[nn.Module]] = []  # layers with adapters
-        self._rotaries: list[nn.Module] = []  # whose frequencies follow the batch's length
+        self.rotaries: list[nn.Module] = []  # whose frequencies follow the batch's length
         self._begin_batch()
         self._count_from_zero()
 
@@ -282,8 +282,15 @@ class PATCache(Cache):
         self.step = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Makes requests `beam_idx` the batch; shared pages are passed on by reference."""
-        self._select(beam_idx.tolist())
+        """Makes requests `beam_idx` the batch; shared pages are passed on by reference.
+
+        Raises:
+            ValueError: if one isn't in the batch.
+        """
+        indices, batch = beam_idx.tolist(), len(self.prefixes)
+        if wrong := [i for i in indices if not 0 <= i < batch]:
+            raise ValueError(f"beam_idx asks for requests {wrong}, and the batch has {batch}.")
+        self._select(indices)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps requests `indices`, in that order."""
@@ -328,7 +335,7 @@ class PATCache(Cache):
             PoolExhausted: if the prompts don't fit; the cache is as before.
         """
         families = self._families(len(input_ids))
-        regime = rotary.regime(self._rotaries, int(mask.sum(1).max()))
+        regime = rotary.regime(self.rotaries, int(mask.sum(1).max()))
         prompts = [
             (ids[real], family if regime is None else (family, regime))
             for ids, real, family in zip(input_ids, mask, families, strict=True)
@@ -500,8 +507,18 @@ class PATCache(Cache):
 
     @property
     def model(self) -> PreTrainedModel:
-        """The model that this cache is for."""
-        return self._model()
+        """The model that this cache is for.
+
+        Raises:
+            ReferenceError: if nothing else refers to it any more.
+        """
+        model = self._model()
+        if model is None:
+            raise ReferenceError(
+                "The model of this PATCache is gone, and its keys and values mean nothing to "
+                "another. Keep the model for as long as the cache; a cache doesn't hold it."
+            )
+        return model
 
     def announce(self, step: Step | None) -> None:
         """Says what the next forward is; `None` withdraws it."""
@@ -523,7 +540,7 @@ class PATCache(Cache):
         self._settle()
         adapters.refuse_virtual_tokens(model)
         self._find_adapters()
-        self._rotaries = rotary.scaled(model)
+        self.rotaries = rotary.scaled(model)
         if self.pool.layers and model.dtype != self.dtype:
             raise ValueError(
                 f"This PATCache was filled in {self.dtype} and the model is now in {model.dtype}. "
@@ -631,6 +648,11 @@ class PATCache(Cache):
         elif self._missing:
             self.discard()
 
+    def _settle_unless_computing(self) -> None:
+        """For what may be asked by a hook of the model, or another thread, amid a prefill."""
+        if self.step is None or not self.step.packed:
+            self._settle()
+
     @_surgery
     def _withdraw(self) -> None:
         """Takes back what was planned for a forward that stored nothing."""
@@ -678,7 +700,7 @@ class PATCache(Cache):
         # A pad has no leaf to advance; the next step plans anew.
         self._room = room if length == 1 and len(leaves) == alive.sum() else 0
         longest = int(position.max()) + 1 + self._room
-        self.opaque |= rotary.regime(self._rotaries, longest) != self._regime
+        self.opaque |= rotary.regime(self.rotaries, longest) != self._regime
         plan = self.plan(order, node.ravel(), position.ravel(), device)
         step = None
         if length == 1:
@@ -759,7 +781,7 @@ class PATCache(Cache):
 
     def report(self) -> Report:
         """What sharing saved: tokens, bytes, traffic of a decode step, and the backend."""
-        self._settle()
+        self._settle_unless_computing()
         per_token = self.pool.bytes_per_token
         live, idle = self.prefixes.live(), self.prefixes.idle()
         read = 0
@@ -792,7 +814,7 @@ class PATCache(Cache):
 
     def tree(self) -> str:
         """The prefix tree, drawn for a terminal; alike leaves share a line."""
-        self._settle()
+        self._settle_unless_computing()
         return draw(self.prefixes)
 
     @property
@@ -862,7 +884,7 @@ class PATCache(Cache):
         self, input_ids: torch.Tensor | np.ndarray | Sequence[int]
     ) -> tuple[np.ndarray, Hashable]:
         tokens = token_ids(input_ids, "A prompt")
-        self._settle()
+        self._settle_unless_computing()
         self._find_adapters()
         return tokens, self._families(1)[0]
 
@@ -894,7 +916,7 @@ class PATCache(Cache):
             PoolExhausted: if `max_tokens` doesn't allow what the file holds.
         """
         cache = cls(model, **options)
-        archive.read(path, cache.prefixes, cache.pool, cache._model())
+        archive.read(path, cache.prefixes, cache.pool, cache.model)
         if cache.keep_bytes is None:
             cache.store.keep_bytes = cache.store.pages(cache.prefixes) * cache.store.page_bytes
         cache.store.trim()

@@ -142,7 +142,7 @@ def _assisted_decoding(
         reason = _unshareable(model, cache, input_ids, inputs)
         if reason is None and inputs.get("inputs_embeds") is not None:
             reason = "assisted decoding is fed embeddings with its first candidates"
-        if reason is None and rotary.regime(rotary.scaled(model), config.max_length):
+        if reason is None and rotary.regime(cache.rotaries, config.max_length):
             reason = "its rotary frequencies follow the length of the batch, candidates included"
         ids, seen = input_ids[:, :-1], None if mask is None else mask[:, :-1]
         if reason is not None:

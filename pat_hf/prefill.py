@@ -98,7 +98,7 @@ def packed(
     most = most or count
     if not model._supports_logits_to_keep():
         chunk = min(chunk, most)  # there will be logits for every token
-    rotaries, longest = rotary.scaled(model), max(node.end for node in order.nodes)
+    longest = max(node.end for node in order.nodes)
     first = done = 0
     try:
         while first < count:
@@ -116,7 +116,7 @@ def packed(
                 inputs["input_ids"] = _moved(token, device)[None]
             else:
                 inputs["inputs_embeds"] = feed(token)[None].to(device)
-            with adapters.only(cache.tuned, request), rotary.of_length(rotaries, longest):
+            with adapters.only(cache.tuned, request), rotary.of_length(cache.rotaries, longest):
                 logits = _logits(model, cache, inputs, here)
             yield logits
             first, done = stop, done + len(here)

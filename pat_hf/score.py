@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from pat_hf import rotary
 from pat_hf.cache.page_pool import PoolExhausted
 from pat_hf.cache.pat_cache import PATCache, token_ids
 from pat_hf.cache.prefix_tree import Node, common_prefix
@@ -68,9 +69,15 @@ def loglikelihoods(
     cache.check(model)
     # Big-endian bytes sort as the ids do: what shares a prefix comes together.
     order = sorted(range(len(pairs)), key=lambda i: pairs[i].tokens.astype(">i8").tobytes())
+    # A pair is scored with the rotary frequencies that it has alone; dynamic ones only grow.
+    regimes: dict[str | None, list[int]] = {}
+    for i in order:
+        regime = rotary.regime(cache.rotaries, len(pairs[i].tokens))
+        regimes.setdefault(regime, []).append(i)
     scores = _unfilled(len(pairs))
-    for group in _groups(pairs, order, cache.prefill_tokens):
-        _score(model, cache, pairs, group, scores)
+    for alike in sorted(regimes.values(), key=lambda group: len(pairs[group[0]].tokens)):
+        for group in _groups(pairs, alike, cache.prefill_tokens):
+            _score(model, cache, pairs, group, scores)
     return scores
 
 

@@ -1,6 +1,7 @@
 """Bad input: each is refused with a message that says what was given and what to do."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -182,6 +183,16 @@ def test_a_model_that_makes_no_mask():
         pat_attention(layer, queries, pages.expand(3, -1, -1, -1), pages, None)
 
 
+@pytest.mark.parametrize("act", [copy.deepcopy, lambda cache: cache.save("never written")])
+def test_a_cache_whose_model_is_gone(act):
+    model = AutoModelForCausalLM.from_config(CORE["Llama"], attn_implementation="pat").eval()
+    cache = pat_hf.PATCache(model)
+    del model
+    gc.collect()
+    with pytest.raises(ReferenceError, match="Keep the model"):
+        act(cache)
+
+
 def test_a_cache_for_what_is_no_model():
     with pytest.raises(TypeError, match="str"):
         pat_hf.PATCache("llama")
@@ -267,6 +278,9 @@ def test_a_forward_that_fails_leaves_the_cache_as_it_was(copied):
     hook.remove()
     if copied:
         cache = copy.deepcopy(cache)
+    for missing in ([0, 2], [-1, 0]):
+        with pytest.raises(ValueError, match="batch has 2"):
+            cache.reorder_cache(torch.tensor(missing))
     cache.reorder_cache(torch.tensor([1, 0]))
     assert [cache.prefixes.length(r) for r in range(2)] == [5, 6]
     ours = pat.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)

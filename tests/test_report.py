@@ -1,6 +1,7 @@
 """The report's figures against counts made by hand, and the drawn tree."""
 
 import numpy as np
+import torch
 
 import pat_hf
 from pat_hf.cache.prefix_tree import PrefixTree
@@ -34,6 +35,24 @@ def test_the_report_counts_what_was_shared():
     assert report.backend == "torch" and report.fallback is None
     assert "46 tokens of 126 tokens, 2.7x less" in str(report)
     assert repr(cache).startswith("PATCache(requests=3, length=46, tokens=55 stored of 135")
+
+
+def test_a_cache_may_be_looked_at_from_inside_a_forward():
+    stock, pat = pair("Llama")
+    cache = pat_hf.PATCache(pat, keep_bytes=1 << 20, page_size=16, prefill_tokens=20)
+    inputs, seen = batch([[2 + i % 60 for i in range(50)] + [70 + n] for n in range(3)]), []
+
+    def look(*args):
+        cache.pin(inputs["input_ids"][0])
+        seen.append((cache.report().requests, cache.tree()))
+
+    hook = pat.model.layers[1].register_forward_hook(look)
+    kwargs = {"max_new_tokens": 4, "do_sample": False}
+    ours = pat.generate(**inputs, past_key_values=cache, **kwargs)
+    hook.remove()
+    assert torch.equal(ours, stock.generate(**inputs, **kwargs))
+    assert [requests for requests, _ in seen] == [3] * (3 + 3)  # chunks and steps
+    assert cache.report().pinned_prompts == 1
 
 
 def test_drawing():

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import pat_hf
+from pat_hf import graphs
 
 from .models import VOCABULARY, batch, config
 from .test_graphs import Rerun, rerun  # noqa: F401
@@ -131,17 +132,17 @@ def test_prompt_lookup(name, inputs):
 
 
 @each
-def test_scores_in_groups(name):
+def test_each_pair_is_scored_as_alone(name):
     stock, pat = pair(name)
-    contexts, continuations = [SHARED + text(60, 3)] * 3, [text(n, 20 + n) for n in (3, 5, 8)]
+    contexts = [SHARED, *[SHARED + text(60, 3)] * 3]
+    continuations = [text(n, 20 + n) for n in (6, 3, 5, 8)]
     cache = pat_hf.PATCache(pat, page_size=16, prefill_tokens=64)
     scores = pat_hf.loglikelihoods(pat, contexts, continuations, cache)
     for row, (context, continuation) in enumerate(zip(contexts, continuations, strict=True)):
-        logits = stock(torch.tensor([context + continuation])).logits[0].float()
-        logits = logits[len(context) - 1 : -1].log_softmax(-1)
+        logits = stock(torch.tensor([context + continuation[:-1]])).logits[0].float()
+        logits = logits[len(context) - 1 :].log_softmax(-1)
         wanted = logits[torch.arange(len(continuation)), torch.tensor(continuation)].sum()
-        if "dynamic" not in name:  # its frequencies follow the longest of the group
-            assert torch.allclose(scores.logprobs[row], wanted, atol=1e-4)
+        assert torch.allclose(scores.logprobs[row], wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", sorted(SCALED.keys() - {"Phi-MoE, longrope"}))
@@ -153,3 +154,13 @@ def test_one_graph_serves_all_lengths(rerun, name):  # noqa: F811
         made = Rerun.made
         same(stock, pat, inputs, cache, max_new_tokens=15)
     assert Rerun.made == made
+
+
+def test_a_scale_that_is_chosen_on_the_host_is_not_captured():
+    _, pat = pair("Phi-MoE, longrope")
+
+    class OnGpu:
+        device, hf_device_map, config = torch.device("cuda"), {}, pat.config
+        named_modules = pat.named_modules
+
+    assert "on the host" in graphs._obstacle(OnGpu)
