@@ -396,15 +396,9 @@ class PATCache(Cache):
             self.pool.drop(node)
         self._end_batch()
 
-    def arm(self, decoder: Decoder, steps: int) -> None:
-        """Prepares for the prefill and the decode steps of a `generate()`.
-
-        Args:
-            decoder: how steps are run.
-            steps: how many there may be.
-        """
+    def arm(self, decoder: Decoder) -> None:
+        """Prepares for the prefill of a `generate()` and its decode steps, which `decoder` runs."""
         self._decoder = decoder
-        self._ahead = steps
         self._columns.stop_at(())
 
     def stop_at(self, ids: Sequence[int]) -> None:
@@ -709,7 +703,7 @@ class PATCache(Cache):
             capacity = plan.shape
             if length == 1 and self._decoder is not None and self._decoder.mode != "eager":
                 # As large as it gets in this call, and some more for forks and other prompts.
-                more = self.pool.pages(self._ahead)
+                more = self.pool.pages(self._decoder.steps)
                 last = self.plan(order, node.ravel(), position.ravel(), device, more=more).shape
                 capacity = tuple(
                     1 << (max(sizes) * 9 // 8).bit_length()

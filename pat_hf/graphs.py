@@ -176,18 +176,20 @@ class Decoder:
     Args:
         model: at rest: what its graphs depend on is looked up here, once a call.
         mode: what the cache was asked for, see `PATCache`.
-        steps: how many there may be.
         compile: whether "auto" may compile.
 
     Attributes:
+        steps: how many there may be.
         mode: "eager", "captured" or "compiled".
         reason: why, for people.
         deferred: whether stops are seen a step late.
     """
 
     def __init__(self, model: PreTrainedModel, mode: str, steps: int, compile: bool = True):
-        self._device = model.device
+        self.steps = steps
         self.deferred = False
+        self._device = model.device
+        self._offset = 0  # into the random numbers, after the last step
         if mode == "eager":
             self.mode, self.reason = mode, "as asked for"
         elif obstacle := _obstacle(model):

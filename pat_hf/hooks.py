@@ -86,7 +86,7 @@ def _prefill(
         return stock(model, input_ids, generation_config, model_kwargs, is_first_iteration)
     cache.check(model)
     steps = max(0, generation_config.max_length - input_ids.shape[1] - 1)
-    cache.arm(Decoder(model, cache.decode, steps, not generation_config.disable_compile), steps)
+    cache.arm(Decoder(model, cache.decode, steps, not generation_config.disable_compile))
     mask, embeds, positions = (
         model_kwargs.get(x) for x in ("attention_mask", "inputs_embeds", "position_ids")
     )
