@@ -53,6 +53,12 @@ class Columns:
         return self.ended > self.length
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest request as `generate()` numbers them: beyond its end, too."""
+        prompts = self._mask[:, : self.prompts].sum(1).max(initial=0)
+        return int(prompts) + self.length - self.prompts
+
+    @property
     def ids(self) -> torch.Tensor | None:
         """What was fed since the prompts, [requests, length - prompts], if it is all known."""
         known = [ids for ids in self.fed if ids is not None]

@@ -143,12 +143,11 @@ class _Span:
         if not self._pieces:
             return
         torch.cuda.synchronize(self.device)  # unmapping doesn't wait for kernels
-        address = self._address
-        for size, handle in self._pieces:
-            _checked(self._driver.cuMemUnmap(address, size))
+        while self._pieces:  # an interrupt leaves what is still mapped
+            size, handle = self._pieces.pop()
+            self.mapped -= size
+            _checked(self._driver.cuMemUnmap(self._address + self.mapped, size))
             _checked(self._driver.cuMemRelease(handle))
-            address += size
-        self._pieces, self.mapped = [], 0
 
     def __del__(self) -> None:
         try:

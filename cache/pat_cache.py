@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -56,6 +56,13 @@ def _surgery(method: Callable[..., Any]) -> Callable[..., Any]:
             raise
 
     return whole
+
+
+class _Scaled(NamedTuple):
+    """A family whose keys have other rotary frequencies than the model's usual ones."""
+
+    family: Hashable
+    regime: str
 
 
 class PATCache(Cache):
@@ -111,7 +118,8 @@ class PATCache(Cache):
         self._decoder: Decoder | None = None
         self._broken = False  # a change was broken off
         self._tuned: list[weakref.ref[nn.Module]] = []  # layers with adapters
-        self.rotaries: list[nn.Module] = []  # whose frequencies follow the batch's length
+        self.rotaries = rotary.scaled(self.model)  # their frequencies follow the batch's length
+        self.own_loop = False  # forwards are a loop's of the caller's own, in `custom_generate`
         self._begin_batch()
         self._count_from_zero()
 
@@ -119,6 +127,7 @@ class PATCache(Cache):
         self.prompted = 0  # prompt tokens given, padding left out
         self.prefilled = 0  # of these, tokens that went through the model
         self.found = 0  # and distinct ones that were stored before
+        self.decoding: str | None = None  # how the last `generate()` ran its decode steps
 
     def _begin_batch(self) -> None:
         self.families: list[Hashable] = []  # of the requests
@@ -126,7 +135,6 @@ class PATCache(Cache):
         self.opaque = False  # K and V of the requests are not told by their tokens
         self.fallback: str | None = None  # why prompts were computed request by request
         self.repeated = False  # the next forward begins with what is stored
-        self.decoding: str | None = None  # how the last `generate()` ran its decode steps
         self._columns = Columns(np.ones((0, 0), bool))
         self.step: Step | None = None
         self._missing: list[Node] = []  # nodes that have pages, but no K and V yet
@@ -255,9 +263,14 @@ class PATCache(Cache):
     def reset(self) -> None:
         """Forgets everything, pins and counts included, and gives the memory back."""
         self._workspace.forget()
+        self._empty()
+        self._count_from_zero()
+
+    def _empty(self) -> None:
+        self._broken = True  # until it is done
         self.store = self.store.empty()
         self._begin_batch()
-        self._count_from_zero()
+        self._broken = False
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens of every request.
@@ -265,6 +278,10 @@ class PATCache(Cache):
         Args:
             tokens_to_remove: minus the number of tokens, or, as Transformers still allows, the
                 length to keep if it is positive. Padding counts.
+
+        Raises:
+            PoolExhausted: if requests that share a page part and there is none for it; the cache
+                holds no request then.
         """
         count = int(tokens_to_remove)
         count = -count if count <= 0 else max(0, self._columns.length - count)
@@ -277,12 +294,19 @@ class PATCache(Cache):
     def _cut(self, count: int) -> None:
         """Removes the last `count` tokens of every request."""
         self._withdraw()
-        for request, tokens in enumerate(self._columns.cut(count).tolist()):
-            self.store.truncate(request, tokens)
+        try:
+            for request, tokens in enumerate(self._columns.cut(count).tolist()):
+                self.store.truncate(request, tokens)
+        except Exception:
+            self._end_batch()  # some requests are shorter now, and others not
+            raise
         self.step = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Makes requests `beam_idx` the batch; shared pages are passed on by reference.
+
+        Args:
+            beam_idx: int [any], each a request from 0, any number of times.
 
         Raises:
             ValueError: if one isn't in the batch.
@@ -293,16 +317,25 @@ class PATCache(Cache):
         self._select(indices)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps requests `indices`, in that order."""
+        """Keeps requests `indices`, in that order.
+
+        Args:
+            indices: int [any], or bool [batch].
+
+        Raises:
+            IndexError: if one isn't in the batch.
+        """
         self._select(np.arange(len(self.prefixes))[indices.cpu().numpy()].tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every request, by reference."""
+        """Repeats every request `repeats` times, by reference."""
         self._select([i for i in range(len(self.prefixes)) for _ in range(repeats)])
 
     @_surgery
     def _select(self, indices: Sequence[int]) -> None:
         self._withdraw()
+        if not indices:
+            return self._end_batch()
         self.store.select(indices)
         self._columns.select(indices)
         self.families = [self.families[i] for i in indices]
@@ -337,7 +370,7 @@ class PATCache(Cache):
         families = self._families(len(input_ids))
         regime = rotary.regime(self.rotaries, int(mask.sum(1).max()))
         prompts = [
-            (ids[real], family if regime is None else (family, regime))
+            (ids[real], family if regime is None else _Scaled(family, regime))
             for ids, real, family in zip(input_ids, mask, families, strict=True)
         ]
         self._withdraw()
@@ -357,18 +390,17 @@ class PATCache(Cache):
         except Exception:
             self._end_batch()  # the device's own memory ran out; no request may be without pages
             raise
+        self._begin_batch()
         self.families, self._regime = families, regime
-        self.opaque, self.fallback = False, None
-        self.prefilled += sum(node.length for node in missing)
-        self.found += sum(node.length for node in nodes) - sum(node.length for node in missing)
-        self.prompted += int(mask.sum())
-        self._columns = Columns(mask.copy())
-        self.step = None
-        self._missing = missing
+        self._columns, self._missing = Columns(mask.copy()), missing
         return missing
 
     def computed(self) -> None:
         """Says that the nodes which `admit` returned are stored."""
+        computed = sum(node.length for node in self._missing)
+        self.prefilled += computed
+        self.found += self.tokens - computed
+        self.prompted += self.dense_tokens
         self._missing = []
 
     def _families(self, batch: int) -> list[Hashable]:
@@ -383,10 +415,15 @@ class PATCache(Cache):
         """The model's layers with PEFT adapters."""
         return [layer for ref in self._tuned if (layer := ref()) is not None]
 
-    def share_nothing(self, reason: str) -> None:
-        """Forgets all requests, for new ones whose tokens don't tell their K and V."""
+    def share_nothing(self, reason: str, opaque: bool = True) -> None:
+        """Forgets all requests, for new ones that are computed one by one.
+
+        Args:
+            reason: why.
+            opaque: whether their tokens don't tell their K and V.
+        """
         self.clear()
-        self.fallback, self.opaque = reason, True
+        self.fallback, self.opaque = reason, opaque
         logger.warning_once(f"pat_hf computes each prompt on its own: {reason}.")
 
     @_surgery
@@ -419,12 +456,11 @@ class PATCache(Cache):
 
     def disarm(self) -> None:
         """The `generate()` is over: forwards are the model's own again."""
-        self.repeated = False
+        self.repeated = self.own_loop = False
         self._settle()
         self._columns.resume()
-        if self._decoder is not None:
-            self.decoding = str(self._decoder)
-            self._decoder = None
+        self.decoding = self._decoder and str(self._decoder)
+        self._decoder = None
 
     def run(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """A forward of the model on this cache, by a graph where there is one for it.
@@ -433,6 +469,8 @@ class PATCache(Cache):
         and neither `update` nor the mask function is told them. Of a forward that breaks off,
         nothing stays: some layers may have stored its tokens and others not.
         """
+        if self.repeated:
+            kwargs = self._without_what_is_stored(kwargs)
         length, fed = self._columns.length, len(self._columns.fed)
         try:
             return self._run(forward, args, kwargs)
@@ -444,25 +482,40 @@ class PATCache(Cache):
                 del self._columns.fed[fed:]
             raise
 
-    def _run(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-        if self.repeated and kwargs.get("output_hidden_states"):
+    def _without_what_is_stored(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        self.repeated = False
+        if kwargs.get("output_hidden_states"):
             self.clear()  # MTP and DFlash draft from the states of the whole prompt
-        elif self.repeated:
-            self.repeated = False
-            new = {
-                x: kwargs[x][..., self._columns.length :]
-                for x in _BY_TOKEN
-                if kwargs.get(x) is not None
-            }
-            kwargs = kwargs | new
+            return kwargs
+        given = {x: kwargs[x] for x in _BY_TOKEN if kwargs.get(x) is not None}
+        return kwargs | {name: x[..., self._columns.length :] for name, x in given.items()}
+
+    @property
+    def _known_loop(self) -> bool:
+        """Whether forwards are those of Transformers' own loops, which number tokens as we do."""
+        return self._decoder is not None and not self.own_loop
+
+    def _numbered_otherwise(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> bool:
+        """Whether new tokens are fed at other positions than their numbers in their requests."""
+        if mask is not None and not (mask.ndim == 2 and mask.all()):
+            return True  # it takes the padding's positions to tell
+        batch, length = ids.shape
+        stored = [self.prefixes.length(r) for r in range(len(self.prefixes))] or [0] * batch
+        usual = np.array(stored)[:, None] + np.arange(length)
+        if positions is None:  # models number columns then
+            given = self._columns.length + np.arange(length)
+        else:
+            given = positions.cpu().numpy()
+        return given.shape[-1] != length or not (given == usual).all()
+
+    def _run(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if self.step is None or not self.step.packed:
             self._columns.fed.append(ids)
-            positions = kwargs.get("position_ids")
-            if self._decoder is None and positions is not None:  # a loop of the caller's own
-                stored = self._columns.tokens().sum(1)[:, None] if len(self.prefixes) else 0
-                usual = stored + np.arange(positions.shape[-1])
-                self.opaque |= not (positions.cpu().numpy() == usual).all()
+            if not (self._known_loop or self.opaque or ids is None):
+                self.opaque = self._numbered_otherwise(ids, mask, kwargs.get("position_ids"))
             if self._tuned and self.families:
                 self.opaque |= self._families(len(self.families)) != self.families
         decoder, step = self._decoder, self.step
@@ -533,14 +586,22 @@ class PATCache(Cache):
         supported_config(model)
         self._settle()
         adapters.refuse_virtual_tokens(model)
+        self._refuse_checkpointing()
         self._find_adapters()
-        self.rotaries = rotary.scaled(model)
         if self.pool.layers and model.dtype != self.dtype:
             raise ValueError(
                 f"This PATCache was filled in {self.dtype} and the model is now in {model.dtype}. "
                 "Call reset() on the cache, or make a new one."
             )
-        self.dtype = model.dtype
+        if model.dtype != self.dtype:
+            self.dtype, self.heads = model.dtype, heads_of(self.config, model.dtype)
+
+    def _refuse_checkpointing(self) -> None:
+        if self.model.training and self.model.is_gradient_checkpointing:
+            raise ValueError(
+                "Gradient checkpointing takes the cache from the layers of a model in training "
+                "mode. Call model.eval(), or model.gradient_checkpointing_disable(), before."
+            )
 
     def check_gaps(self, mask: np.ndarray) -> None:
         """Makes sure that a mask has no padding that windows would count as tokens.
@@ -552,10 +613,12 @@ class PATCache(Cache):
             ValueError: if there is padding behind a token and in front of another, and the model's
                 layers have windows.
         """
+        if not windowed(self.config):
+            return
         column = np.arange(mask.shape[1])
         last = mask.shape[1] - 1 - mask[:, ::-1].argmax(1)
         gaps = ~mask & (column > mask.argmax(1)[:, None]) & (column < last[:, None])
-        if gaps.any() and windowed(self.config):
+        if gaps.any():
             raise ValueError(
                 f"There is padding at column {np.argwhere(gaps)[0][1]}, between the tokens of a "
                 f"prompt. {type(self.model).__name__} has windows, in which Transformers counts "
@@ -582,11 +645,6 @@ class PATCache(Cache):
                 layers would leave the cache aside.
             PoolExhausted: if there is no page for the new tokens; the cache is as before.
         """
-        if self.model.training and self.model.is_gradient_checkpointing:
-            raise ValueError(
-                "Gradient checkpointing takes the cache from the layers of a model in training "
-                "mode. Call model.eval(), or model.gradient_checkpointing_disable(), before."
-            )
         step = self._next_step(batch, length, mask, device)
         step.asked = True
         return step.tensor
@@ -604,7 +662,9 @@ class PATCache(Cache):
                 f"columns in the cache and {length} in this forward it must be {shape}."
             )
         if length == 1 and self._room > 0 and step is not None and step.shape == (batch, 1):
-            return self._advance()
+            if self._known_loop or mask is None or bool(mask[:, -1].all()):
+                return self._advance()
+        self._refuse_checkpointing()
         self._withdraw()
         if len(self.prefixes) == 0:
             self.families = self._families(batch)
@@ -636,9 +696,8 @@ class PATCache(Cache):
         if self._broken:
             logger.warning("pat_hf: a call was interrupted in a change, so the PATCache is empty.")
             pins = self.prefixes.pins
-            self.store, self._broken = self.store.empty(), False
+            self._empty()
             self.prefixes.pins = pins
-            self._begin_batch()
         elif self._missing:
             self.discard()
 
@@ -660,40 +719,56 @@ class PATCache(Cache):
     @_surgery
     def _plan_growth(self, real: np.ndarray, device: torch.device) -> Step:
         batch, length = real.shape
-        padded, alive = not real.all(), self._columns.alive
-        real = real & alive[:, None]
-        self.check_gaps(np.concatenate([self._columns.tokens(), real], 1)[real.any(1)])
-        counts = real.sum(1)
+        padded = not real.all()
+        real = real & self._columns.alive[:, None]
+        if windowed(self.config):
+            self.check_gaps(np.concatenate([self._columns.tokens(), real], 1)[real.any(1)])
+        grown = {r: n for r, n in enumerate(real.sum(1).tolist()) if n}
         position = np.array([self.prefixes.length(r) for r in range(batch)])[:, None]
         position = position + np.cumsum(real, 1) - 1
-        leaves = {r: self.prefixes.append(r, int(n)) for r, n in enumerate(counts) if n}
+        leaves = {r: self.prefixes.append(r, n) for r, n in grown.items()}
         try:
-            grown = [(leaf, leaf.length - int(counts[r])) for r, leaf in leaves.items()]
-            self.store.with_room(lambda: self.pool.extend(grown))
-        except PoolExhausted as error:
-            for request in leaves:
-                self.prefixes.truncate(request, int(counts[request]))
+            extended = [(leaf, leaf.length - grown[r]) for r, leaf in leaves.items()]
+            self.store.with_room(lambda: self.pool.extend(extended))
+            self.step = self._load_step(leaves, grown, real, position, padded, device)
+        except Exception as error:
+            for request, count in grown.items():
+                self.prefixes.truncate(request, count)
+            if not isinstance(error, PoolExhausted):
+                raise
             raise PoolExhausted(
                 f"{error} {self.store.holdings()} Raise max_tokens, generate fewer tokens or "
                 "requests, or free some with batch_select_indices or reset()."
             ) from None
+        return self.step
+
+    def _load_step(
+        self,
+        leaves: dict[int, Node],
+        grown: dict[int, int],
+        real: np.ndarray,
+        position: np.ndarray,
+        padded: bool,
+        device: torch.device,
+    ) -> Step:
+        """The step that computes and stores what leaves have grown by."""
+        (batch, length), ends = real.shape, list(leaves.values())
         size = self.pool.page_size
         order = self.prefixes.preorder()
         node = np.full((batch, length), -1, np.int32)
         pages = np.full((batch, length), SINK)
         slots = np.zeros((batch, length), np.int64)
-        grown = list(leaves.values())
-        which = np.repeat(np.arange(len(grown)), counts[list(leaves)])  # of each token, its leaf
-        held = np.concatenate([leaf.pages for leaf in grown] or [[]]).astype(np.int64)
-        begin = np.cumsum([0, *(len(leaf.pages) for leaf in grown)])[which]
-        inside = position[real] - np.array([leaf.start for leaf in grown], np.int64)[which]
-        node[real] = np.array([order.index[leaf] for leaf in grown], np.int32)[which]
+        which = np.repeat(np.arange(len(ends)), list(grown.values()))  # of each token, its leaf
+        held = np.concatenate([leaf.pages for leaf in ends] or [[]]).astype(np.int64)
+        begin = np.cumsum([0, *(len(leaf.pages) for leaf in ends)])[which]
+        inside = position[real] - np.array([leaf.start for leaf in ends], np.int64)[which]
+        node[real] = np.array([order.index[leaf] for leaf in ends], np.int32)[which]
         pages[real] = held[begin + inside // size]
         slots[real] = inside % size
-        room = min((len(leaf.pages) * size - leaf.length for leaf in grown), default=size - 1)
+        room = min((len(leaf.pages) * size - leaf.length for leaf in ends), default=size - 1)
         # A pad has no leaf to advance; the next step plans anew.
-        self._room = room if length == 1 and len(leaves) == alive.sum() else 0
-        longest = int(position.max()) + 1 + self._room
+        self._room = room if length == 1 and len(ends) == self._columns.alive.sum() else 0
+        longest = self._columns.longest + length + self._room
         self.opaque |= rotary.regime(self.rotaries, longest) != self._regime
         plan = self.plan(order, node.ravel(), position.ravel(), device)
         step = None
@@ -712,15 +787,14 @@ class PATCache(Cache):
             step = Step(device, batch, length, capacity)
             if length == 1:
                 self._workspace.steps[device, batch] = step
-        self.step = step.load(
+        return step.load(
             plan,
             pages.ravel(),
             slots.ravel(),
             columns=length,
             real=real if padded else None,
-            grown={request: int(counts[request]) for request in leaves},
+            grown=grown,
         )
-        return self.step
 
     def plan(
         self,
@@ -735,11 +809,14 @@ class PATCache(Cache):
 
         Args:
             order: the tree.
-            node: int32 [rows], where in `order` each row ends; -1 for padding.
+            node: int [rows], where in `order` each row ends; -1 for padding.
             position: int [rows].
             device: what the plan is for.
             ahead: by how much the positions will be advanced; `None`: to the ends of the nodes.
             more: pages that open leaves are to be planned with beyond their own.
+
+        Returns:
+            The plan, for pages of this cache on that device.
         """
         size = self.pool.page_size
         counts = [len(n.pages) + more * n.open for n in order.nodes]
@@ -866,13 +943,16 @@ class PATCache(Cache):
         tokens, family = self._prompt(input_ids)
         if (family, tokens.tobytes()) in self.prefixes.pins:
             raise ValueError(f"This prompt of {len(tokens)} tokens is pinned: unpin() it first.")
-        nodes, found = self.prefixes.match(tokens, family)
-        if nodes and nodes[-1].end == found == len(tokens) and nodes[-1] in self.prefixes.live():
-            raise ValueError(
-                f"This prompt of {len(tokens)} tokens is in use by the batch of the last call: "
-                "clear() it first."
-            )
-        return self.prefixes.drop(tokens, family)
+        scaled = [x for x in self.prefixes.roots if isinstance(x, _Scaled) and x.family == family]
+        for each in (family, *scaled):
+            nodes, found = self.prefixes.match(tokens, each)
+            whole = nodes and nodes[-1].end == found == len(tokens)
+            if whole and nodes[-1] in self.prefixes.live():
+                raise ValueError(
+                    f"This prompt of {len(tokens)} tokens is in use by the batch of the last call: "
+                    "clear() it first."
+                )
+        return sum(self.prefixes.drop(tokens, each) for each in (family, *scaled))
 
     def _prompt(
         self, input_ids: torch.Tensor | np.ndarray | Sequence[int]

@@ -105,7 +105,6 @@ class PrefixTree:
         self.ends: list[Node] = []
         self.pins: dict[tuple[Hashable, bytes], np.ndarray] = {}
         self.clock = 0  # prompts inserted so far
-        self.version = 0  # moves with the structure, not with the lengths of open leaves
         self._storage = storage
         self._keys = 0
 
@@ -153,7 +152,7 @@ class PrefixTree:
     def copy(self, storage: Storage | None = None) -> PrefixTree:
         """A tree of the same requests, pins and page ids that shares no node with this one."""
         tree = PrefixTree(storage)
-        tree.version, tree._keys, tree.clock = self.version, self._keys, self.clock
+        tree._keys, tree.clock = self._keys, self.clock
         tree.pins = dict(self.pins)
         twins = {root: tree._root(family) for family, root in self.roots.items()}
         for root, twin in twins.items():
@@ -224,7 +223,6 @@ class PrefixTree:
         node.open, node.ended = False, True
         node.requests.add(len(self.ends))
         self.ends.append(node)
-        self.version += 1
         return len(self.ends) - 1
 
     def grow(self, parent: Node | None, tokens: np.ndarray) -> Node:
@@ -246,7 +244,6 @@ class PrefixTree:
             leaf.used = self.clock
             self._attach(leaf)
             self._end(request, leaf)
-            self.version += 1
         leaf.length += count
         return leaf
 
@@ -295,7 +292,6 @@ class PrefixTree:
                 self._attach(child)
                 todo.append(child)
             self._remove(twin)
-            self.version += 1
 
     def split(self, node: Node, at: int) -> Node:
         """Cuts `node` after `at` tokens. It stays the lower part; the new upper one is returned.
@@ -313,7 +309,6 @@ class PrefixTree:
         node.parent, node.tokens = upper, node.tokens[at:]
         node.start, node.length = node.start + at, node.length - at
         self._attach(node)
-        self.version += 1
         return upper
 
     def select(self, indices: Sequence[int], align: int = 1, keep: bool = False) -> None:
@@ -347,7 +342,6 @@ class PrefixTree:
         pinned = self._held() if self.pins else set()
         for node in old:
             self._prune(node, keep, pinned)
-        self.version += 1
 
     def truncate(self, request: int, count: int) -> None:
         """Takes the last `count` tokens from a request; other requests keep theirs.
@@ -376,7 +370,6 @@ class PrefixTree:
                 upper = node.parent if cut == node.length else self.split(node, node.length - cut)
                 self._end(request, upper)
             count -= cut
-            self.version += 1
 
     def pin(self, tokens: np.ndarray, family: Hashable = None) -> None:
         """Holds a prompt, stored already or later on, as a request would; once is enough.
@@ -410,7 +403,6 @@ class PrefixTree:
             node = heapq.heappop(leaves)[2]
             parent, length = node.parent, node.length
             self._remove(node)
-            self.version += 1
             if parent in idle and not parent.children:
                 heapq.heappush(leaves, (parent.used, -idle[parent], parent))
             yield length
@@ -435,7 +427,6 @@ class PrefixTree:
             if not node.children and not node.ended and node not in held:
                 dropped += node.length
                 self._remove(node)
-        self.version += 1
         return dropped
 
     def _held(self) -> set[Node]:

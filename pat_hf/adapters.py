@@ -51,7 +51,8 @@ def families(tuned: Sequence[nn.Module], batch: int) -> list[Hashable]:
                 f"adapter_names has {len(names)} names and the batch {batch} rows. Where "
                 "num_return_sequences makes rows, repeat the prompts and names yourself instead."
             )
-        states.append([_state(layer, names and names[row]) for row in range(batch)])
+        known = {name: _state(layer, name) for name in set(names or [None])}
+        states.append([known[name] for name in names or [None] * batch])
     rows = zip(*states, strict=True)
     return [row if any(row) else None for row in rows]
 

@@ -22,15 +22,17 @@ from pat_hf.prefill import prefill
 _served: weakref.WeakKeyDictionary[PreTrainedModel, set[object]] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
 
-# What `_prefill` may be given beside the prompts without it mattering to a packed forward.
+# What `_prefill` may be given beside the prompts without it mattering to their K and V.
 _PLAIN = {
     "attention_mask",
     "inputs_embeds",
     "logits_to_keep",
+    "output_hidden_states",
     "past_key_values",
     "position_ids",
     "use_cache",
 }
+_ALL_STATES = "output_hidden_states asks for the states of all prompt tokens"
 
 
 def install() -> None:
@@ -84,14 +86,16 @@ def _prefill(
     cache = model_kwargs.get("past_key_values")
     if not isinstance(cache, PATCache):
         return stock(model, input_ids, generation_config, model_kwargs, is_first_iteration)
-    cache.check(model)
+    _refuse(model_kwargs)
     steps = max(0, generation_config.max_length - input_ids.shape[1] - 1)
     cache.arm(Decoder(model, cache.decode, steps, not generation_config.disable_compile))
     mask, embeds, positions = (
         model_kwargs.get(x) for x in ("attention_mask", "inputs_embeds", "position_ids")
     )
-    _refuse(model_kwargs)
     reason = _unshareable(model, cache, input_ids, model_kwargs)
+    opaque = reason is not None  # tokens don't tell what is stored of them
+    if reason is None and model_kwargs.get("output_hidden_states"):
+        reason = _ALL_STATES
     whole = embeds is not None or _whole(input_ids, mask, generation_config)
     if whole and reason is None:
         embeds = embeds if is_first_iteration else None
@@ -105,9 +109,9 @@ def _prefill(
                     "generate() has numbered these as if they came behind what this PATCache "
                     "holds. Call clear() on the cache first, or make a new one."
                 )
-            cache.share_nothing(reason)
-        elif reason is not None:
-            cache.opaque = True  # what it stores is not told by its tokens
+            cache.share_nothing(reason, opaque)
+        elif opaque:
+            cache.opaque, cache.fallback = True, reason
         out = stock(model, input_ids, generation_config, model_kwargs, is_first_iteration)
     cache.stop_at(getattr(generation_config, "_stops", ()))
     return out
@@ -129,7 +133,6 @@ def _assisted_decoding(
 ) -> Any:
     cache = kwargs.get("past_key_values")
     if isinstance(cache, PATCache) and len(input_ids) == 1:  # more are refused
-        cache.check(model)
         config, mask = kwargs["generation_config"], kwargs.get("attention_mask")
         if not _whole(input_ids, mask, config):
             raise ValueError(
@@ -139,7 +142,14 @@ def _assisted_decoding(
         own = inspect.signature(stock).parameters
         inputs = {name: x for name, x in kwargs.items() if name not in own}
         _refuse(inputs)
+        drafted = config.prompt_lookup_num_tokens or config.num_assistant_tokens or 0
+        steps = config.max_length - input_ids.shape[1] + drafted
+        decoder = Decoder(model, "eager", steps)
+        decoder.reason = "assisted decoding"
+        cache.arm(decoder)
         reason = _unshareable(model, cache, input_ids, inputs)
+        if reason is None and inputs.get("output_hidden_states"):
+            reason = _ALL_STATES
         if reason is None and inputs.get("inputs_embeds") is not None:
             reason = "assisted decoding is fed embeddings with its first candidates"
         if reason is None and rotary.regime(cache.rotaries, config.max_length):
@@ -150,8 +160,6 @@ def _assisted_decoding(
         elif ids.numel() and (seen is None or seen.any()):
             # The first step has no prefill before it. It is fed the whole prompt, which ends with
             # the one token that is not stored.
-            drafted = config.prompt_lookup_num_tokens or config.num_assistant_tokens or 0
-            steps = config.max_length - input_ids.shape[1] + drafted
             prefill(model, cache, ids, seen, config.prefill_chunk_size, steps)
             cache.repeated = True
         else:
@@ -168,6 +176,8 @@ def _generate(stock: Callable[..., Any], model: PreTrainedModel, *args: Any, **k
             "cache_implementation='paged' is continuous batching, which would not use this "
             "PATCache. Leave one of them out."
         )
+    cache.check(model)
+    cache.own_loop = kwargs.get("custom_generate") is not None
     try:
         with serving(model):
             return stock(model, *args, **kwargs)
@@ -248,9 +258,7 @@ def _refuse(model_kwargs: dict[str, Any]) -> None:
 def _unshareable(
     model: PreTrainedModel, cache: PATCache, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
 ) -> str | None:
-    """Why these prompts can't be packed by their token ids, if so."""
-    if model_kwargs.get("output_hidden_states"):
-        return "output_hidden_states asks for the states of all prompt tokens"
+    """Why the tokens of these prompts don't tell their K and V, if so."""
     others = [
         name for name, x in model_kwargs.items() if name not in _PLAIN and not _says_nothing(x)
     ]

@@ -271,3 +271,16 @@ def test_captured_steps_know_the_factors(models):
     with rescale_adapter_scale(pat, 0.1):
         assert graphs._state(pat.get_base_model()) != before
     assert graphs._state(pat.get_base_model()) == before
+
+
+def test_a_loop_of_ones_own_on_a_fresh_cache():
+    def loop(model, input_ids, **kwargs):
+        model(input_ids=input_ids, past_key_values=kwargs["past_key_values"])
+        return input_ids
+
+    models = [adapted(model) for model in pair("Llama")]
+    cache = pat_hf.PATCache(models[1], keep_bytes=1 << 30, page_size=16)
+    kwargs = {"custom_generate": loop, "max_new_tokens": 5}
+    models[1].generate(**batch([SYSTEM]), past_key_values=cache, **kwargs)
+    with models[0].disable_adapter(), models[1].disable_adapter():
+        assert same(models, cache, [SYSTEM + [5]]) == len(SYSTEM) + 1

@@ -655,16 +655,78 @@ def test_padding_before_a_forward_that_is_given_no_positions():
     assert "position_ids" in cache.fallback
 
 
-def test_a_loop_at_other_positions_is_not_shared_later():
-    def loop(model, input_ids, **kwargs):
-        positions = 2 * torch.arange(30, 42)[None]
-        cache = kwargs["past_key_values"]
-        model(input_ids=input_ids, position_ids=positions, past_key_values=cache)
-        return input_ids
+def _at_other_positions(model, input_ids, *args, **kwargs):
+    positions = 2 * torch.arange(30, 30 + input_ids.shape[1])[None]
+    cache = kwargs["past_key_values"]
+    model(input_ids=input_ids, position_ids=positions, past_key_values=cache)
+    return input_ids
+
+
+def _padded_without_positions(model, input_ids, *args, **kwargs):
+    given = {name: kwargs[name] for name in ("attention_mask", "past_key_values")}
+    model(input_ids=input_ids, **given)
+    return input_ids
+
+
+def _elsewhere_after_a_prefill(
+    model, input_ids, generation_config, logits_processor, stopping_criteria, **kwargs
+):
+    first = {name: kwargs[name][:, :-6] for name in ("attention_mask", "position_ids")}
+    model._prefill(input_ids[:, :-6], generation_config, kwargs | first)
+    for i, token in enumerate(input_ids[0, -6:]):
+        model(
+            input_ids=token[None, None],
+            position_ids=torch.tensor([[100 + i]]),
+            past_key_values=kwargs["past_key_values"],
+        )
+    return input_ids
+
+
+@pytest.mark.parametrize(
+    "loop", [_at_other_positions, _padded_without_positions, _elsewhere_after_a_prefill]
+)
+def test_a_loop_at_other_positions_is_not_shared_later(loop):
+    stock, pat = pair("Llama")
+    prompt = text(30, 1)
+    rows = [prompt] if loop is not _padded_without_positions else [text(40, 2), prompt]
+    cache = pat_hf.PATCache(pat, keep_bytes=1 << 30, page_size=16)
+    kwargs = {"custom_generate": loop, "max_new_tokens": 5, "do_sample": False}
+    pat.generate(**batch(rows), past_key_values=cache, **kwargs)
+    later = batch([prompt + text(3, 3)])
+    assert torch.equal(generate(pat, later, cache), generate(stock, later))
+    assert cache.report().found_tokens == (24 if loop is _elsewhere_after_a_prefill else 0)
+
+
+def test_a_loop_that_feeds_padding_step_by_step():
+    def loop(model, cache):
+        mask = torch.ones(2, 20).long()
+        ids = torch.tensor([text(20, 1), text(20, 2)])
+        out = model(ids, attention_mask=mask, past_key_values=cache)
+        for step in range(12):
+            new = torch.ones(2, 1).long()
+            new[1] = step not in (2, 7)
+            mask = torch.cat([mask, new], 1)
+            out = model(
+                torch.tensor([[5 + step], [9 + step]]),
+                attention_mask=mask,
+                position_ids=(mask.cumsum(1) - 1)[:, -1:],
+                past_key_values=cache,
+            )
+            yield out.logits[new[:, 0] == 1]
 
     stock, pat = pair("Llama")
-    cache, ids = pat_hf.PATCache(pat), torch.arange(3, 15)[None]
-    pat.generate(ids, custom_generate=loop, past_key_values=cache, max_new_tokens=5)
-    ids = torch.cat([ids, ids[:, :6]], 1)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    caches = DynamicCache(config=stock.config), pat_hf.PATCache(pat, page_size=16)
+    with torch.no_grad():
+        for theirs, ours in zip(*map(loop, (stock, pat), caches), strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_what_gave_hidden_states_is_shared_later():
+    stock, pat = pair("Llama")
+    cache = pat_hf.PATCache(pat, keep_bytes=1 << 30, page_size=16)
+    inputs = batch([text(30, 1), text(30, 1)[:20] + text(4, 2)])
+    generate(pat, inputs, cache, output_hidden_states=True, return_dict_in_generate=True)
+    assert "output_hidden_states" in cache.fallback
+    inputs = batch([text(30, 1) + text(5, 3)])
     assert torch.equal(generate(pat, inputs, cache), generate(stock, inputs))
+    assert cache.report().found_tokens == 30

@@ -15,6 +15,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 import pat_hf
 from pat_hf.attention import pat_attention
+from pat_hf.cache import pat_cache
 from pat_hf.prefill import prefill
 
 from .models import CORE, REFUSED, batch, pair
@@ -260,6 +261,44 @@ def test_memory_that_runs_out_leaves_a_usable_cache(monkeypatch, prompts, left):
     assert (cache.pool.used > 0) == (cache.get_seq_length() > 0) == (left > 0)
     ours = pat.generate(**inputs, past_key_values=cache, **kwargs)
     assert torch.equal(ours, stock.generate(**inputs, **kwargs))
+
+
+@pytest.mark.parametrize("what", ["pages", "plan"])
+def test_memory_that_runs_out_in_a_step_leaves_the_batch(monkeypatch, what):
+    stock, pat = pair("Llama")
+    cache = pat_hf.PATCache(pat, page_size=16)
+    prompt = list(range(3, 19))  # a page
+    pat.generate(**batch([prompt]), past_key_values=cache, max_new_tokens=1)
+
+    def fail(*args):
+        raise torch.OutOfMemoryError
+
+    new = torch.tensor([[5]])
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        if what == "pages":
+            patch.setattr(cache.pool, "extend", fail)
+        else:
+            patch.setattr(pat_cache, "Step", fail)
+            patch.setattr(cache._workspace, "steps", {})
+        pat(new, past_key_values=cache)
+    assert cache.get_seq_length() == cache.prefixes.length(0) == 16
+    ours = pat(new, past_key_values=cache).logits
+    theirs = stock(torch.tensor([prompt + [5]])).logits[:, -1:]
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_requests_that_can_not_be_cut_are_given_up():
+    stock, pat = pair("Llama")
+    shared = list(range(3, 35))
+    prompts = [shared, shared, list(range(40, 56))]
+    cache = pat_hf.PATCache(pat, page_size=16, max_tokens=48)
+    kwargs = {"max_new_tokens": 1, "do_sample": False}
+    pat.generate(**batch(prompts), past_key_values=cache, **kwargs)
+    with pytest.raises(pat_hf.PoolExhausted):
+        cache.crop(-3)
+    assert len(cache.prefixes) == cache.get_seq_length() == cache.pool.used == 0
+    ours = pat.generate(**batch(prompts), past_key_values=cache, **kwargs)
+    assert torch.equal(ours, stock.generate(**batch(prompts), **kwargs))
 
 
 @pytest.mark.parametrize("copied", [False, True])

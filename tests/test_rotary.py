@@ -164,3 +164,47 @@ def test_a_scale_that_is_chosen_on_the_host_is_not_captured():
         named_modules = pat.named_modules
 
     assert "on the host" in graphs._obstacle(OnGpu)
+
+
+@each
+def test_a_request_that_ended_lengthens_the_batch_all_the_same(name):
+    stock, _ = pair(name)
+    for seed in range(20):
+        inputs = batch([text(36, seed), text(8, 50 + seed)])
+        plain = generate(stock, inputs, max_new_tokens=40)
+        # The first ends long before it has 64 tokens, the second doesn't end.
+        if stops := set(plain[0, 36:42].tolist()) - set(plain[1].tolist()):
+            stop = min(stops)
+            break
+    stock, pat = pair(name)
+    cache = pat_hf.PATCache(pat, keep_bytes=1 << 30, page_size=16)
+    kwargs = {"eos_token_id": stop, "pad_token_id": 0, "max_new_tokens": 40}
+    answers = same(stock, pat, inputs, cache, **kwargs)
+    for end in range(60, 76, 4):
+        same(stock, pat, batch([answers[1, 28:end].tolist()]), cache, max_new_tokens=20)
+
+
+def test_what_a_loop_stores_on_a_fresh_cache():
+    def loop(model, input_ids, **kwargs):
+        model(input_ids=input_ids, past_key_values=kwargs["past_key_values"])
+        return input_ids
+
+    stock, pat = pair("Llama, longrope")
+    cache = pat_hf.PATCache(pat, keep_bytes=1 << 30, page_size=16)
+    prompt = SHARED + text(60, 3)
+    kwargs = {"custom_generate": loop, "max_new_tokens": 5}
+    pat.generate(torch.tensor([prompt]), past_key_values=cache, **kwargs)
+    same(stock, pat, batch([prompt[:45]]), cache)
+
+
+def test_drop_at_all_frequencies():
+    _, pat = pair("Llama, longrope")
+    cache = pat_hf.PATCache(pat, keep_bytes=1 << 30, page_size=16)
+    prompt = SHARED + text(60, 3)
+    generate(pat, batch([prompt]), cache)
+    with pytest.raises(ValueError, match="in use"):
+        cache.drop(prompt)
+    cache.clear()
+    kept = cache.report().kept_tokens
+    assert cache.drop(prompt) == kept > 100
+    assert cache.report().kept_tokens == 0

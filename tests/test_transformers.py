@@ -289,6 +289,21 @@ def test_drafts_from_hidden_states(monkeypatch):
     for prompt in (text(20, 1), text(20, 1) + [5, 6]):
         ours = generate(pat, cache, batch([prompt]), use_mtp=True).sequences
         assert torch.equal(ours, generate(stock, None, batch([prompt]), use_mtp=True).sequences)
+    # An interrupt in the forward that gives those states.
+    cache, calls = pat_hf.PATCache(pat, page_size=16), []
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    hook = pat.model.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        generate(pat, cache, batch([text(40, 1)]), use_mtp=True)
+    hook.remove()
+    inputs = batch([text(40, 1) + [5]])
+    ours = generate(pat, cache, inputs).sequences
+    assert torch.equal(ours, generate(stock, None, inputs).sequences)
 
 
 def test_one_cache_for_calls_of_all_kinds():
