@@ -77,6 +77,9 @@ def enabled(model: PreTrainedModel, **options: Any) -> Iterator[PreTrainedModel]
 
     Args:
         model, options: as for `enable`.
+
+    Raises:
+        ValueError: as `enable`.
     """
     before = _state(model)
     enable(model, **options)

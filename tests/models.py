@@ -168,11 +168,16 @@ EAGER = {"Gemma 2", "GPT-OSS"}
 @functools.cache
 def pair(name: str, dtype: torch.dtype = torch.float32):
     """The stock model, and the same weights under "pat"."""
+    return pair_of(MODELS[name], dtype, "eager" if name in EAGER else "sdpa")
+
+
+def pair_of(config, dtype: torch.dtype = torch.float32, stock: str = "sdpa"):
+    """Both of any config, afresh."""
     models = []
-    for attention in ("eager" if name in EAGER else "sdpa", "pat"):
+    for attention in (stock, "pat"):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(MODELS[name]), attn_implementation=attention, dtype=dtype
+            copy.deepcopy(config), attn_implementation=attention, dtype=dtype
         )
         models.append(model.eval())
     models[1].load_state_dict(models[0].state_dict())

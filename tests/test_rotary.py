@@ -1,16 +1,13 @@
 """Rotary embeddings whose frequencies follow the longest sequence: as in stock's forwards."""
 
-import copy
-
-import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import pat_hf
 from pat_hf import graphs
 
-from .models import VOCABULARY, batch, config
+from .models import batch, config, pair_of
+from .test_generate import text
 from .test_graphs import Rerun, rerun  # noqa: F401
 
 
@@ -53,19 +50,7 @@ each = pytest.mark.parametrize("name", SCALED)
 
 def pair(name):
     """Stock and "pat": both afresh, for a rotary embedding remembers the lengths it has seen."""
-    models = []
-    for attention in ("sdpa", "pat"):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(SCALED[name]), attn_implementation=attention, dtype=torch.float32
-        )
-        models.append(model.eval())
-    models[1].load_state_dict(models[0].state_dict())
-    return models
-
-
-def text(length, seed):
-    return np.random.default_rng(seed).integers(2, VOCABULARY, length).tolist()
+    return pair_of(SCALED[name])
 
 
 SHARED = text(40, 0)
