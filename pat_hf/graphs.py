@@ -101,6 +101,7 @@ class Graph:
         forward: the model's.
         cache: its pages, and the plan and targets of its step, are captured by address.
         inputs: of the step; `input_ids` and `position_ids` are given anew with every replay.
+        regime: of rotary frequencies, likewise.
         compiled: whether decoder layers go through torch.compile.
         pool: of PyTorch's allocator, to share with other graphs; `None` for one of its own.
     """
@@ -110,12 +111,13 @@ class Graph:
         forward: Forward,
         cache: PATCache,
         inputs: dict[str, Any],
+        regime: str | None = None,
         compiled: bool = False,
         pool: tuple[int, int] | None = None,
     ):
         self._given = _given_anew(inputs)
-        self._frequencies = rotary.Frequencies(rotary.scaled(cache.model))
-        self._frequencies.load(inputs["position_ids"])
+        self._frequencies = rotary.Frequencies(cache.rotaries)
+        self._frequencies.load(inputs["position_ids"], regime)
         device = inputs["input_ids"].device
         step, current = cache.step, torch.cuda.current_stream(device)
         held = Pages(cache.pool.layers, step)
@@ -143,10 +145,10 @@ class Graph:
             current.wait_stream(stream)  # it may still be reading what is freed then
         self.pool = self._graph.pool()
 
-    def __call__(self, inputs: dict[str, Any]) -> ModelOutput:
+    def __call__(self, inputs: dict[str, Any], regime: str | None) -> ModelOutput:
         for name, held in self._given.items():
             held.copy_(inputs[name])
-        self._frequencies.load(inputs["position_ids"])
+        self._frequencies.load(inputs["position_ids"], regime)
         self._graph.replay()
         # The next replay overwrites what this one returns.
         out = {k: x.clone() if torch.is_tensor(x) else x for k, x in self._out.items()}
@@ -190,6 +192,7 @@ class Decoder:
         self.deferred = False
         self._device = model.device
         self._offset = 0  # into the random numbers, after the last step
+        self._ahead: int | None = None  # of the columns, the furthest position
         if mode == "eager":
             self.mode, self.reason = mode, "as asked for"
         elif obstacle := _obstacle(model):
@@ -250,7 +253,7 @@ class Decoder:
         constants = {name: x for name, x in inputs.items() if name not in _INPUTS and x is not None}
         if not all(isinstance(x, (bool, int, float, str)) for x in constants.values()):
             return None
-        shape = inputs["input_ids"].shape
+        shape, regime = inputs["input_ids"].shape, self._regime(cache, inputs["position_ids"])
         while self.mode != "eager":
             key = (
                 self._state,
@@ -266,16 +269,24 @@ class Decoder:
             known, graph = workspace.graphs.pop(shape, (None, None))
             if known == key:
                 workspace.graphs[shape] = key, graph
-                return graph(inputs)
+                return graph(inputs, regime)
             del graph
             workspace.make_room(shape, self._state)
             try:
                 compiled = self.mode == "compiled"
-                graph = Graph(forward, cache, inputs, compiled, workspace.pool)
+                graph = Graph(forward, cache, inputs, regime, compiled, workspace.pool)
                 workspace.graphs[shape], workspace.pool = (key, graph), graph.pool
             except Exception as error:
                 self._step_down(error)
         return None
+
+    def _regime(self, cache: PATCache, position_ids: torch.Tensor) -> str | None:
+        """That of the rotary frequencies of a step, the positions being looked at once a call."""
+        if not cache.rotaries:
+            return None
+        if self._ahead is None or cache.own_loop:
+            self._ahead = int(position_ids.max()) - cache.get_seq_length()
+        return rotary.regime(cache.rotaries, cache.get_seq_length() + self._ahead + 1)
 
     def _step_down(self, error: Exception) -> None:
         """From compiled to captured, from captured to eager."""

@@ -82,23 +82,34 @@ def of_length(rotaries: Sequence[nn.Module], length: int) -> Iterator[None]:
 
 
 class Frequencies:
-    """The frequencies of `rotaries` at addresses that a captured forward can hold."""
+    """The frequencies of `rotaries` at addresses that a captured forward can hold.
+
+    Attributes:
+        regime: which they are; "" for none yet.
+    """
 
     def __init__(self, rotaries: Sequence[nn.Module]):
+        self.regime: str | None = ""
         self._rotaries = rotaries
         with torch.inference_mode(False):  # as a graph's inputs
             self._held = [
                 {n: module._buffers[n].clone() for n in _tables(module)} for module in rotaries
             ]
 
-    def load(self, position_ids: torch.Tensor) -> None:
-        """Has them recomputed for a forward at `position_ids`, and copies them."""
+    def load(self, position_ids: torch.Tensor, regime: str | None) -> None:
+        """Has them recomputed for a forward at `position_ids`, if they are of another regime.
+
+        The rotary embeddings look at the positions on the host, which waits for the device.
+        """
+        if regime == self.regime:
+            return
         for module, held in zip(self._rotaries, self._held, strict=True):
             x = torch.empty(0, device=position_ids.device)
             for layers in _kinds(module):
                 module(x, position_ids, *([] if layers is None else [layers]))
             for name, table in held.items():
                 table.copy_(module._buffers[name])
+        self.regime = regime
 
     @contextmanager
     def fixed(self) -> Iterator[None]:

@@ -28,22 +28,22 @@ class Rerun(graphs.Graph):
     made = 0
     pool = None
 
-    def __init__(self, forward, cache, inputs, compiled=False, pool=None):
+    def __init__(self, forward, cache, inputs, regime=None, compiled=False, pool=None):
         Rerun.made += 1
         self._forward, self._cache, self._compiled = forward, weakref.ref(cache), compiled
         self._given = graphs._given_anew(inputs)
-        self._frequencies = rotary.Frequencies(rotary.scaled(cache.model))
+        self._frequencies = rotary.Frequencies(cache.rotaries)
         self._inputs = {k: x for k, x in inputs.items() if k != "past_key_values"}
         self._step = cache.step
         self._address = cache.step.tensor.data_ptr()
-        self(inputs)
+        self(inputs, regime)
 
-    def __call__(self, inputs):
+    def __call__(self, inputs, regime):
         cache = self._cache()
         assert cache.step is self._step and cache.step.tensor.data_ptr() == self._address
         for name, held in self._given.items():
             held.copy_(inputs[name])
-        self._frequencies.load(inputs["position_ids"])
+        self._frequencies.load(inputs["position_ids"], regime)
         held = graphs.Pages(cache.pool.layers, cache.step)
         changed = {"attention_mask": None, "past_key_values": held}
         layers = graphs._compiled_layers(cache.model, held) if self._compiled else torch.no_grad()

@@ -138,7 +138,20 @@ def test_one_graph_serves_all_lengths(rerun, name):  # noqa: F811
     for inputs in (LONG, SHORT, MIXED):
         made = Rerun.made
         same(stock, pat, inputs, cache, max_new_tokens=15)
+    if "Phi-3" not in name:  # which begins anew in stock when it crosses its length
+        same(stock, pat, SHORT, cache, max_new_tokens=30)
     assert Rerun.made == made
+
+
+def test_replays_look_at_the_positions_once_a_call(rerun):  # noqa: F811
+    stock, pat = pair("Llama, longrope")
+    cache = pat_hf.PATCache(pat, page_size=16, decode="captured")
+    same(stock, pat, LONG, cache, max_new_tokens=15)
+    calls = []
+    pat.model.rotary_emb.register_forward_pre_hook(lambda *args: calls.append(args))
+    same(stock, pat, LONG, cache, max_new_tokens=15)
+    steps = 14
+    assert len(calls) == 1 + steps  # the prefill's, and those of the graph that is run again
 
 
 def test_a_scale_that_is_chosen_on_the_host_is_not_captured():
