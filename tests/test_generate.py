@@ -671,11 +671,10 @@ def _padded_without_positions(model, input_ids, *args, **kwargs):
 def _elsewhere_after_a_prefill(
     model, input_ids, generation_config, logits_processor, stopping_criteria, **kwargs
 ):
-    first = {name: kwargs[name][:, :-6] for name in ("attention_mask", "position_ids")}
-    model._prefill(input_ids[:, :-6], generation_config, kwargs | first)
-    for i, token in enumerate(input_ids[0, -6:]):
+    model._prefill(input_ids, generation_config, kwargs)
+    for i, token in enumerate(text(6, 9)):
         model(
-            input_ids=token[None, None],
+            input_ids=torch.tensor([[token]]),
             position_ids=torch.tensor([[100 + i]]),
             past_key_values=kwargs["past_key_values"],
         )
@@ -692,9 +691,10 @@ def test_a_loop_at_other_positions_is_not_shared_later(loop):
     cache = pat_hf.PATCache(pat, keep_bytes=1 << 30, page_size=16)
     kwargs = {"custom_generate": loop, "max_new_tokens": 5, "do_sample": False}
     pat.generate(**batch(rows), past_key_values=cache, **kwargs)
-    later = batch([prompt + text(3, 3)])
+    known = loop is _elsewhere_after_a_prefill
+    later = batch([prompt + text(6, 9) * known + text(3, 3)])
     assert torch.equal(generate(pat, later, cache), generate(stock, later))
-    assert cache.report().found_tokens == (24 if loop is _elsewhere_after_a_prefill else 0)
+    assert cache.report().found_tokens == 30 * known
 
 
 def test_a_loop_that_feeds_padding_step_by_step():
