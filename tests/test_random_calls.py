@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import pat_hf
 
@@ -54,8 +54,22 @@ def prompt_of(rng, said):
     return tokens[: rng.integers(1, len(tokens) + 1)]
 
 
+def own_loop(model, input_ids, **kwargs):
+    """Greedy, as a user of `custom_generate` writes it."""
+    cache, mask = kwargs["past_key_values"], kwargs.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask
+    new = input_ids
+    for _ in range(4):
+        positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
+        given = {"attention_mask": mask, "position_ids": positions, "past_key_values": cache}
+        new = model(input_ids=new, **given).logits[:, -1].argmax(-1, keepdim=True)
+        input_ids, mask = torch.cat([input_ids, new], 1), torch.cat([mask, torch.ones_like(new)], 1)
+    return input_ids
+
+
 def mode_of(rng):
-    mode = rng.choice(["greedy", "sample", "samples", "beams", "lookup", "eos", "one token"])
+    modes = ["greedy", "sample", "samples", "beams", "lookup", "eos", "one token", "states", "loop"]
+    mode = rng.choice(modes)
     return mode, {
         "greedy": {},
         "sample": {"do_sample": True, "temperature": 1.5},
@@ -64,6 +78,8 @@ def mode_of(rng):
         "lookup": {"prompt_lookup_num_tokens": 3},
         "eos": {"eos_token_id": list(range(2, VOCABULARY, 4)), "max_new_tokens": 9},
         "one token": {"max_new_tokens": 1},
+        "states": {"output_hidden_states": True},
+        "loop": {"custom_generate": own_loop},
     }[mode]
 
 
@@ -91,8 +107,10 @@ def test_five_hundred_calls():
         prompts = [
             prompt_of(rng, said) for _ in range(1 if mode == "lookup" else rng.integers(1, 5))
         ]
+        if mode == "loop":
+            cache.clear()  # it goes on with what a cache holds
         outs = []
-        for model, given in ((stock, None), (pat, cache)):
+        for model, given in ((stock, DynamicCache(config=stock.config)), (pat, cache)):
             torch.manual_seed(call)
             outs.append(
                 model.generate(
@@ -116,7 +134,7 @@ def test_five_hundred_calls():
             cache.clear()
             cache.drop(prompts[-1] + [2])
             check(cache)
-    assert len(modes) == 7 and len(cache.prefixes.roots) == 1
+    assert len(modes) == 9 and len(cache.prefixes.roots) == 1
     assert "forward" not in vars(pat)
     report = cache.report()
     # The store was of use, and too small.
