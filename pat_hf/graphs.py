@@ -277,6 +277,7 @@ class Decoder:
                 graph = Graph(forward, cache, inputs, regime, compiled, workspace.pool)
                 workspace.graphs[shape], workspace.pool = (key, graph), graph.pool
             except Exception as error:
+                workspace.pool = None  # PyTorch takes a failed capture to go on in it
                 self._step_down(error)
         return None
 
