@@ -502,7 +502,9 @@ class PATCache(Cache):
         if mask is not None and not (mask.ndim == 2 and mask.all()):
             return True  # it takes the padding's positions to tell
         batch, length = ids.shape
-        stored = [self.prefixes.length(r) for r in range(len(self.prefixes))] or [0] * batch
+        stored = [self.prefixes.length(r) for r in range(len(self.prefixes))]
+        if len(stored) != batch:  # there are none yet, or the batch is going to be refused
+            stored = [0] * batch
         usual = np.array(stored)[:, None] + np.arange(length)
         if positions is None:  # models number columns then
             given = self._columns.length + np.arange(length)
