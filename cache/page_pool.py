@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,10 @@ class PoolExhausted(RuntimeError):
     def __init__(self, message: str, missing: int = 0):
         super().__init__(message)
         self.missing = missing
+
+
+class HalfCopied(torch.OutOfMemoryError):
+    """The device's memory ran out while tokens were copied: some layers have them, others not."""
 
 
 class Layer(NamedTuple):
@@ -172,9 +177,10 @@ class PagePool:
                 node.pages[tail] = copy
             node.pages += [self._take() for _ in range(self.pages(node.length) - len(node.pages))]
         if copies:
-            for tensor in self._tensors():
-                source, target = _index(list(copies.values()), tensor), _index(list(copies), tensor)
-                tensor[target] = tensor[source]
+            with _copying():
+                for tensor in self._tensors():
+                    source, target = (_index(list(x), tensor) for x in (copies.values(), copies))
+                    tensor[target] = tensor[source]
 
     def write(
         self,
@@ -239,11 +245,12 @@ class PagePool:
         node.pages = own + [self._take() for _ in range(count)]
         inside = np.arange(node.length - at)
         source, target = self.places(held, inside + at), self.places(node.pages, inside)
-        for tensor in self._tensors():
-            page, slot = (_index(x, tensor) for x in source)
-            tokens = tensor[page, :, slot]
-            page, slot = (_index(x, tensor) for x in target)
-            tensor[page, :, slot] = tokens
+        with _copying():
+            for tensor in self._tensors():
+                page, slot = (_index(x, tensor) for x in source)
+                tokens = tensor[page, :, slot]
+                page, slot = (_index(x, tensor) for x in target)
+                tensor[page, :, slot] = tokens
         return held[: whole + 1]
 
     def fork(self, original: Node, copy: Node) -> None:
@@ -299,6 +306,14 @@ class PagePool:
     def _tensors(self) -> Iterator[torch.Tensor]:
         for layer in self.layers.values():
             yield from layer
+
+
+@contextmanager
+def _copying() -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise HalfCopied(*error.args) from None
 
 
 def _index(numbers: list[int] | np.ndarray, tensor: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from transformers.utils import logging
 from pat_hf import adapters, rotary
 from pat_hf.cache import archive
 from pat_hf.cache.columns import Columns
-from pat_hf.cache.page_pool import SINK, PagePool, PoolExhausted
+from pat_hf.cache.page_pool import SINK, HalfCopied, PagePool, PoolExhausted
 from pat_hf.cache.prefix_tree import Node, PrefixTree, Preorder
 from pat_hf.cache.report import Report, draw
 from pat_hf.cache.step import KVLength, Step
@@ -36,6 +36,17 @@ logger = logging.get_logger(__name__)
 
 _MODES = ("auto", "eager", "captured", "compiled")
 _AHEAD = 512  # new tokens of a request that pages are reserved for; longer answers add to them
+# Arguments of a forward beside which ids and positions tell K and V.
+_TOLD = {
+    "attention_mask",
+    "input_ids",
+    "logits_to_keep",
+    "output_hidden_states",
+    "past_key_values",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+}
 _BY_TOKEN = ("input_ids", "position_ids")  # arguments of a forward that name each of its tokens
 
 
@@ -49,8 +60,9 @@ def _surgery(method: Callable[..., Any]) -> Callable[..., Any]:
     def whole(cache: PATCache, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(cache, *args, **kwargs)
-        except (PoolExhausted, ValueError, torch.OutOfMemoryError):
-            raise  # all is as it was
+        except (PoolExhausted, ValueError, torch.OutOfMemoryError) as error:
+            cache._broken |= isinstance(error, HalfCopied)
+            raise  # else all is as it was
         except BaseException:
             cache._broken = True
             raise
@@ -457,7 +469,7 @@ class PATCache(Cache):
     def disarm(self) -> None:
         """The `generate()` is over: forwards are the model's own again."""
         self.repeated = self.own_loop = False
-        self._settle()
+        self._withdraw()  # a step leaves out the requests that have ended
         self._columns.resume()
         self.decoding = self._decoder and str(self._decoder)
         self._decoder = None
@@ -517,7 +529,9 @@ class PATCache(Cache):
         if self.step is None or not self.step.packed:
             self._columns.fed.append(ids)
             if not (self._known_loop or self.opaque or ids is None):
-                self.opaque = self._numbered_otherwise(ids, mask, kwargs.get("position_ids"))
+                told = {name for name, x in kwargs.items() if x is not None} <= _TOLD
+                positions = kwargs.get("position_ids")
+                self.opaque = not told or self._numbered_otherwise(ids, mask, positions)
             if self._tuned and self.families:
                 self.opaque |= self._families(len(self.families)) != self.families
         decoder, step = self._decoder, self.step
@@ -664,7 +678,7 @@ class PATCache(Cache):
                 f"columns in the cache and {length} in this forward it must be {shape}."
             )
         if length == 1 and self._room > 0 and step is not None and step.shape == (batch, 1):
-            if self._known_loop or mask is None or bool(mask[:, -1].all()):
+            if self._known_loop or mask is None or self._added(mask).all():
                 return self._advance()
         self._refuse_checkpointing()
         self._withdraw()
@@ -681,9 +695,13 @@ class PATCache(Cache):
             )
         if self._decoder is not None:
             self._columns.find_ends()
-        mask = np.ones(shape, bool) if mask is None else mask.cpu().numpy().astype(bool)
-        new = self._columns.added(mask, ended_too=self._decoder is not None)
+        new = np.ones((batch, length), bool) if mask is None else self._added(mask)
         return self._plan_growth(new, device)
+
+    def _added(self, mask: torch.Tensor) -> np.ndarray:
+        """The mask's new columns, the others being as they were."""
+        mask = mask.cpu().numpy().astype(bool)
+        return self._columns.added(mask, ended_too=self._decoder is not None)
 
     @_surgery
     def _advance(self) -> Step:
@@ -702,11 +720,6 @@ class PATCache(Cache):
             self.prefixes.pins = pins
         elif self._missing:
             self.discard()
-
-    def _settle_unless_computing(self) -> None:
-        """For what may be asked by a hook of the model, or another thread, amid a prefill."""
-        if self.step is None or not self.step.packed:
-            self._settle()
 
     @_surgery
     def _withdraw(self) -> None:
@@ -854,7 +867,8 @@ class PATCache(Cache):
 
     def report(self) -> Report:
         """What sharing saved: tokens, bytes, traffic of a decode step, and the backend."""
-        self._settle_unless_computing()
+        if self._broken:  # else a prefill may be under way: a hook of the model's asks
+            self._settle()
         per_token = self.pool.bytes_per_token
         live, idle = self.prefixes.live(), self.prefixes.idle()
         read = 0
@@ -887,7 +901,8 @@ class PATCache(Cache):
 
     def tree(self) -> str:
         """The prefix tree, drawn for a terminal; alike leaves share a line."""
-        self._settle_unless_computing()
+        if self._broken:  # else a prefill may be under way: a hook of the model's asks
+            self._settle()
         return draw(self.prefixes)
 
     @property
@@ -960,7 +975,8 @@ class PATCache(Cache):
         self, input_ids: torch.Tensor | np.ndarray | Sequence[int]
     ) -> tuple[np.ndarray, Hashable]:
         tokens = token_ids(input_ids, "A prompt")
-        self._settle_unless_computing()
+        if self._broken:  # else a prefill may be under way: a hook of the model's asks
+            self._settle()
         self._find_adapters()
         return tokens, self._families(1)[0]
 

@@ -26,12 +26,13 @@ def on_the_host(module: nn.Module) -> bool:
     return _scaled(module) and "long_mscale" in module.config.rope_parameters
 
 
-def regime(rotaries: Sequence[nn.Module], length: int) -> str | None:
+def regime(rotaries: Sequence[nn.Module], length: int, remembered: bool = True) -> str | None:
     """What tells keys apart of equal tokens in batches of different lengths.
 
     Args:
         rotaries: from `scaled`.
         length: tokens of the batch's longest sequence.
+        remembered: whether a longer one before counts, by which dynamic ones still go.
 
     Returns:
         `None` for batches that aren't longer than what the model was trained for.
@@ -46,7 +47,8 @@ def regime(rotaries: Sequence[nn.Module], length: int) -> str | None:
             elif _follows(kind):
                 usual = module.original_max_seq_len
                 held = getattr(module, f"{layers}_max_seq_len_cached", module.max_seq_len_cached)
-                longest = max(length, int(held))  # it shrinks only to where it began
+                # It shrinks only to where it began.
+                longest = max(length, int(held)) if remembered else length
                 found.append(longest if longest > usual <= length else 0)
     return str(found) if any(found) else None
 

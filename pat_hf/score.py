@@ -72,7 +72,7 @@ def loglikelihoods(
     # A pair is scored with the rotary frequencies that it has alone; dynamic ones only grow.
     regimes: dict[str | None, list[int]] = {}
     for i in order:
-        regime = rotary.regime(cache.rotaries, len(pairs[i].tokens))
+        regime = rotary.regime(cache.rotaries, len(pairs[i].tokens), remembered=False)
         regimes.setdefault(regime, []).append(i)
     scores = _unfilled(len(pairs))
     for alike in sorted(regimes.values(), key=lambda group: len(pairs[group[0]].tokens)):

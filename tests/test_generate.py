@@ -697,6 +697,45 @@ def test_a_loop_at_other_positions_is_not_shared_later(loop):
     assert cache.report().found_tokens == 30 * known
 
 
+def test_a_loop_with_arguments_of_its_own_is_not_shared_later():
+    def loop(model, input_ids, **kwargs):
+        kinds, cache = torch.full_like(input_ids, 7), kwargs["past_key_values"]
+        model(input_ids=input_ids, token_type_ids=kinds, past_key_values=cache)
+        return input_ids
+
+    stock, pat = pair("GPT-2")
+    cache = pat_hf.PATCache(pat, keep_bytes=1 << 30, page_size=16)
+    prompt = text(30, 1)
+    kwargs = {"custom_generate": loop, "max_new_tokens": 5}
+    pat.generate(torch.tensor([prompt]), past_key_values=cache, **kwargs)
+    later = batch([prompt + [5]])
+    assert torch.equal(generate(pat, later, cache), generate(stock, later))
+    assert cache.report().found_tokens == 0
+
+
+def test_a_step_behind_requests_that_ended_at_different_steps():
+    stock, pat = pair("Llama")
+    for seed in range(60):
+        inputs = batch([text(10, seed), text(10, 100 + seed)])
+        plain = generate(stock, inputs, do_sample=False)[:, 10:35]
+        # The first ends soon and goes without pages from the next one on; the second doesn't end.
+        if stops := set(plain[0, 2:4].tolist()) - set(plain[0, :2].tolist() + plain[1].tolist()):
+            break
+    kwargs = {"eos_token_id": min(stops), "pad_token_id": 1, "max_new_tokens": 25}
+    cache = pat_hf.PATCache(pat, page_size=16)
+    logits = []
+    for model, held in ((pat, cache), (stock, DynamicCache(config=stock.config))):
+        generate(model, inputs, held, do_sample=False, **kwargs)
+        if model is pat:
+            mask = torch.from_numpy(cache._columns.tokens()).long()
+            assert not mask[0].all() and mask[1].all()
+            mask = torch.cat([mask, torch.ones(2, 1).long()], 1)
+        step = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1)[:, -1:]}
+        with torch.no_grad():
+            logits.append(model(torch.tensor([[5], [6]]), past_key_values=held, **step).logits)
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+
+
 def test_a_loop_that_feeds_padding_step_by_step():
     def loop(model, cache):
         mask = torch.ones(2, 20).long()

@@ -15,7 +15,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 
 import pat_hf
 from pat_hf.attention import pat_attention
-from pat_hf.cache import pat_cache
+from pat_hf.cache import page_pool, pat_cache
 from pat_hf.prefill import prefill
 
 from .models import CORE, REFUSED, batch, pair
@@ -236,6 +236,34 @@ def test_a_mask_that_changes_under_the_cache():
     with pytest.raises(ValueError, match="says 1 at request 1, column 0"):
         pat(tokens, attention_mask=mask * 0 + 1, past_key_values=cache)
     pat(tokens, attention_mask=mask, past_key_values=cache)
+    # In a step that needs no new plan, too.
+    mask = torch.cat([mask, torch.ones(2, 2, dtype=torch.long)], 1)
+    pat(tokens[:, :1], attention_mask=mask[:, :-1], past_key_values=cache)
+    mask[0, 2] = 0
+    with pytest.raises(ValueError, match="says 0 at request 0, column 2"):
+        pat(tokens[:, :1], attention_mask=mask, past_key_values=cache)
+
+
+@pytest.mark.parametrize("after", range(0, 12, 3))
+def test_memory_that_runs_out_amid_a_split(monkeypatch, after):
+    stock, pat = pair("Llama")
+    cache = pat_hf.PATCache(pat, keep_bytes=1 << 30, page_size=16)
+    kwargs = {"max_new_tokens": 2, "do_sample": False}
+    prompt, calls, index = list(range(3, 63)), [], page_pool._index
+    pat.generate(**batch([prompt]), past_key_values=cache, **kwargs)
+
+    def fail(*args):
+        calls.append(args)
+        if len(calls) > after:
+            raise torch.OutOfMemoryError
+        return index(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(torch.OutOfMemoryError):
+        patch.setattr(page_pool, "_index", fail)
+        pat.generate(**batch([prompt[:25] + [90, 91]]), past_key_values=cache, **kwargs)
+    inputs = batch([prompt + [5, 6]])
+    ours = pat.generate(**inputs, past_key_values=cache, **kwargs)
+    assert torch.equal(ours, stock.generate(**inputs, **kwargs))
 
 
 @pytest.mark.parametrize(
