@@ -469,10 +469,10 @@ class PATCache(Cache):
     def disarm(self) -> None:
         """The `generate()` is over: forwards are the model's own again."""
         self.repeated = self.own_loop = False
-        self._withdraw()  # a step leaves out the requests that have ended
+        self.decoding, self._decoder = self._decoder and str(self._decoder), None
+        self._settle()
         self._columns.resume()
-        self.decoding = self._decoder and str(self._decoder)
-        self._decoder = None
+        self._room = 0  # the last step leaves out the requests that have ended
 
     def run(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         """A forward of the model on this cache, by a graph where there is one for it.

@@ -86,6 +86,7 @@ def _prefill(
     cache = model_kwargs.get("past_key_values")
     if not isinstance(cache, PATCache):
         return stock(model, input_ids, generation_config, model_kwargs, is_first_iteration)
+    cache.check(model)  # a loop of the caller's own may come by here alone
     _refuse(model_kwargs)
     steps = max(0, generation_config.max_length - input_ids.shape[1] - 1)
     cache.arm(Decoder(model, cache.decode, steps, not generation_config.disable_compile))
