@@ -1,5 +1,6 @@
 """One cache through many calls of generate(), in mixed modes, short of memory, interrupted."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -153,7 +154,8 @@ class Interrupt(KeyboardInterrupt):
 
 def interrupted(call, line):
     """Runs `call`, interrupted at its line number `line`; how many lines of ours there were."""
-    ours = str(Path(pat_hf.__file__).parents[1])
+    root = Path(pat_hf.__file__).parents[1]
+    ours = tuple(f"{root / name}{os.sep}" for name in ("pat_hf", "cache", "kernels"))
     count = 0
 
     def in_frame(frame, event, argument):
@@ -166,7 +168,7 @@ def interrupted(call, line):
 
     def trace(frame, event, argument):
         file = frame.f_code.co_filename
-        return in_frame if file.startswith(ours) and "/tests/" not in file else None
+        return in_frame if file.startswith(ours) else None
 
     before = sys.gettrace()
     sys.settrace(trace)
