@@ -24,6 +24,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -197,9 +198,10 @@ def left_out(idea: str | None, processors: int) -> Iterator[Machine]:
     machine, tiles, last = Machine.gpu(processors), forward.tiles, 0
     with ExitStack() as stack:
         if idea == "tiles":
-            machine, last = Machine(machine.shapes[-1:]), -1
+            machine, last = replace(machine, shapes=machine.shapes[-1:]), -1
         if idea == "splitting":
-            machine = Machine(tuple(shape._replace(least=1 << 30) for shape in machine.shapes))
+            whole = tuple(shape._replace(least=1 << 30) for shape in machine.shapes)
+            machine = replace(machine, shapes=whole)
         if idea == "overlap":
             before_hopper = (processors, 8)  # which has no dependent launches
             stack.enter_context(mock.patch.object(forward, "_machine", lambda _: before_hopper))

@@ -122,16 +122,19 @@ def _tile(p, where, o_n, o_d, sp, st, P: tl.constexpr):
 
 
 @triton.jit
-def _store(p, o_p, m_r, b_x, V: tl.constexpr):
-    """Stores b_x [BM, BV] as rows o_p of [.., V], in halves: they are laid out for it in shared
-    memory, of which the wide tile has no more to spare."""
+def _store(p, o_p, m_r, b_x, V: tl.constexpr, KEEP: tl.constexpr):
+    """Stores b_x [BM, BV] as rows o_p of [.., V], to be kept in the L2 or not; in halves: they are
+    laid out for it in shared memory, of which the wide tile has no more to spare."""
     BM: tl.constexpr = b_x.shape[0]
     BH: tl.constexpr = b_x.shape[1] // 2
+    POLICY: tl.constexpr = "evict_last" if KEEP else ""
     b_left, b_right = tl.split(tl.permute(tl.reshape(b_x, [BM, 2, BH]), (0, 2, 1)))
     o_v = tl.arange(0, BH)
     p_left = p + o_p[:, None] * V + o_v[None, :]
-    tl.store(p_left, b_left, mask=m_r[:, None] & (o_v < V)[None, :])
-    tl.store(p_left + BH, b_right, mask=m_r[:, None] & (o_v + BH < V)[None, :])
+    m_left = m_r[:, None] & (o_v < V)[None, :]
+    m_right = m_r[:, None] & (o_v + BH < V)[None, :]
+    tl.store(p_left, b_left, mask=m_left, eviction_policy=POLICY)
+    tl.store(p_left + BH, b_right, mask=m_right, eviction_policy=POLICY)
 
 
 @triton.jit
@@ -160,7 +163,7 @@ def _finish(
         o_p = (slot + o_r // G).to(tl.int64) * (H * G) + i_hq
         b_scale = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
         tl.store(lse + o_p, b_max + tl.log2(b_sum), mask=m_r)
-        _store(partial, o_p, m_r, b_out * b_scale[:, None], V)
+        _store(partial, o_p, m_r, b_out * b_scale[:, None], V, True)
     else:
         i_r = tl.load(p_rows + row + o_r // G, mask=m_r, other=0)
         if USE_SINKS:
@@ -172,7 +175,7 @@ def _finish(
         else:
             b_scale = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
         o_p = i_r.to(tl.int64) * (H * G) + i_hq
-        _store(out, o_p, m_r, (b_out * b_scale[:, None]).to(out.dtype.element_ty), V)
+        _store(out, o_p, m_r, (b_out * b_scale[:, None]).to(out.dtype.element_ty), V, False)
 
 
 @triton.jit

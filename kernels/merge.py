@@ -24,7 +24,8 @@ def _load(partial, lse, slot, o_h, o_v, HQ: tl.constexpr, V: tl.constexpr):
     m_h = (o_h < HQ) & (o_s >= 0)
     b_lse = tl.load(lse + o_p, mask=m_h, other=float("-inf"))
     m_p = m_h[:, None] & (o_v < V)[None, :]
-    return tl.load(partial + o_p[:, None] * V + o_v[None, :], mask=m_p, other=0.0), b_lse
+    p_p = partial + o_p[:, None] * V + o_v[None, :]
+    return tl.load(p_p, mask=m_p, other=0.0, eviction_policy="evict_first"), b_lse
 
 
 @triton.jit

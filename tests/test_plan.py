@@ -1,5 +1,7 @@
 """The plan: every row attends to every token of its path once, at the least traffic."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -162,6 +164,8 @@ def test_threshold_counts_bytes():
         (Heads(8, 2, 128, 64, 2), 33),  # 12 * 384 > 2080
     ):
         assert len(plan_of(nodes, range(1, 33), heads=heads).tables.blocks) == packs
+    dear = replace(MACHINES[0], partial=3)
+    assert len(plan_of(nodes, range(1, 33), machine=dear).tables.blocks) == 32  # 6144 < 3 * 4128
 
 
 def test_children_that_fill_query_tiles_merge():
