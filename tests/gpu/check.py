@@ -33,6 +33,8 @@ class Check(NamedTuple):
     Attributes:
         advance: by how much rows have moved on since the plan was made.
         processors: that the plan is cut for; the fewer, the more blocks a lane has.
+        cancels: two rows, and values of shared and own tokens that add up to little; only partials
+            of more precision than theirs do, too.
     """
 
     seed: int
@@ -49,6 +51,7 @@ class Check(NamedTuple):
     rows: int = 9
     advance: int = 0
     processors: int = 132
+    cancels: bool = False
 
 
 SMALL = [
@@ -61,6 +64,7 @@ SMALL = [
     Check(6, heads=(16, 1), window=30, softcap=2.0, nodes=4, rows=24, processors=1, advance=3),
     Check(7, heads=(8, 1), sinks=True, nodes=3, rows=3, longest=900),
     Check(8, heads=(160, 1), dims=(16, 16), nodes=3, rows=3, longest=50),
+    Check(9, heads=(4, 1), cancels=True),
 ]
 LARGE = [
     *(Check(10 + d, dims=(d, d)) for d in (64, 80, 96, 128, 192, 256)),
@@ -81,6 +85,7 @@ LARGE = [
             )
         )
     ),
+    Check(100, torch.bfloat16, cancels=True),
     Check(200, heads=(32, 4), dims=(128, 128), nodes=5, longest=3000, rows=900, advance=20),
     Check(201, heads=(64, 8), dims=(128, 128), nodes=300, longest=90, rows=300, length=3),
     Check(202, torch.bfloat16, (8, 2), (96, 80), 16, window=200, softcap=3.0, rows=600, advance=9),
@@ -93,6 +98,10 @@ def draw(check: Check) -> Case:
 
     The positions are those of the plan.
     """
+    heads = Heads(*check.heads, *check.dims, torch.finfo(check.dtype).bits // 8)
+    if check.cancels:
+        nodes = nodes_of([0, 1, 1], [200] * 3, check.page_size)
+        return Case(nodes, np.array([1, 2]), np.array([399, 399]), heads, check.page_size, 1)
     generator = np.random.default_rng(check.seed)
     depths, lengths = [0], []
     for _ in range(check.nodes - 1):
@@ -105,7 +114,6 @@ def draw(check: Check) -> Case:
     ahead = np.where(node < 0, 1, nodes.length[node] - check.advance)
     inside = generator.integers(0, 1 << 20, len(node)) % ahead
     position = np.where(node < 0, 0, nodes.start[node] + inside)
-    heads = Heads(*check.heads, *check.dims, torch.finfo(check.dtype).bits // 8)
     return Case(nodes, node, position, heads, check.page_size, check.length)
 
 
@@ -116,6 +124,10 @@ def run(check: Check, device: torch.device, repeat: int) -> tuple[float, float]:
     Plan.positions(plan).add_(check.advance)
     case = case._replace(position=case.position + check.advance)
     q, k, v = pools(case, check.dtype, seed=check.seed)
+    if check.cancels:
+        shared = torch.from_numpy(case.nodes.pages[: case.nodes.page_ptr[1]])
+        k, v = k * 0.3, v - 1
+        v[shared.long()] += 2
     if check.seed % 2:  # as Transformers has it
         q = q.transpose(1, 2).contiguous().transpose(1, 2)
     sinks = torch.randn(check.heads[0]) if check.sinks else None
