@@ -44,7 +44,7 @@ HERE = Path(__file__).parent
 DIM = 128
 BANDWIDTH, FLOPS = 4.3e12, 790e12
 FLOOR_US = 4.6  # of the peers' measurements; a higher one here would raise our shares alone
-IDEAS = ("packing", "tiles", "splitting", "overlap", "merge")
+IDEAS = ("packing", "tiles", "siblings", "splitting", "merge")
 TREES = (
     "1,10_4096,416",
     "1,256_256,32",
@@ -180,6 +180,11 @@ def alone(nodes: Nodes, node: np.ndarray) -> tuple[Nodes, np.ndarray]:
     return Nodes(*(np.asarray(x, k) for x, k in zip(columns, kinds, strict=True))), np.array(leaves)
 
 
+def _heads(text: str) -> Heads:
+    query, kv = map(int, text.split("/"))
+    return Heads(query, kv, DIM, DIM, 2)
+
+
 class Nothing:
     """A kernel that is not launched."""
 
@@ -188,29 +193,29 @@ class Nothing:
 
 
 @contextmanager
-def left_out(idea: str | None, processors: int) -> Iterator[Machine]:
-    """The machine to plan for, and kernels, with one of PAT's ideas left out.
+def left_out(idea: str | None, processors: int, heads: Heads) -> Iterator[Machine]:
+    """The machine to plan for, and kernels, with one of the ideas left out.
 
     packing: each request reads all of its path. tiles: all blocks are of the widest shape.
-    splitting: no run of KV is cut. overlap: a shape's kernel waits for the one before. merge: not
-    run, so the output is incomplete; what is saved is what the merge costs.
+    siblings: nodes are read together only where that saves reading. splitting: no run of KV is cut.
+    merge: not run, so the output is incomplete; what is saved is what the merge costs.
     """
-    machine, tiles, last = Machine.gpu(processors), forward.tiles, 0
+    major = torch.cuda.get_device_capability()[0]
+    machine = Machine.gpu(processors, heads, major)
     with ExitStack() as stack:
         if idea == "tiles":
-            machine, last = replace(machine, shapes=machine.shapes[-1:]), -1
+            widest = machine.shapes[-1]
+            narrow = tuple(shape._replace(cost=9 * widest.cost) for shape in machine.shapes[:-1])
+            machine = replace(machine, shapes=(*narrow, widest))
+        if idea == "siblings":
+            machine = replace(machine, partial=0)
         if idea == "splitting":
             whole = tuple(shape._replace(least=1 << 30) for shape in machine.shapes)
             machine = replace(machine, shapes=whole)
-        if idea == "overlap":
-            before_hopper = (processors, 8)  # which has no dependent launches
-            stack.enter_context(mock.patch.object(forward, "_machine", lambda _: before_hopper))
         if idea == "merge":
             stack.enter_context(mock.patch.object(forward, "merge_kernel", Nothing()))
-        shipped = lambda size, dim, _, rows: tiles(size, dim, 9, rows)[last:]  # noqa: E731
-        stack.enter_context(mock.patch.object(forward, "tiles", shipped))
         for name in ("gpu", "of"):
-            stack.enter_context(mock.patch.object(Machine, name, staticmethod(lambda _: machine)))
+            stack.enter_context(mock.patch.object(Machine, name, staticmethod(lambda *_: machine)))
         yield machine
 
 
@@ -228,8 +233,8 @@ class Case:
     ):
         self.name, self.heads_name = name, heads
         parent, length = tree
-        query, kv = map(int, heads.split("/"))
-        self.heads = Heads(query, kv, DIM, DIM, 2)
+        self.heads = _heads(heads)
+        kv = self.heads.kv
         self.nodes = nodes_of(parent, length, page_size, 0)
         leaves = np.setdiff1d(np.arange(len(parent)), parent)
         self.node = np.random.default_rng(0).permutation(leaves)
@@ -238,13 +243,15 @@ class Case:
         self.plan = make_plan(*paths, self.position, self.heads, page_size, machine)
         self.plan_tensor = self.plan.tensor("cuda")
         shape = (len(self.nodes.pages) + 1, kv, page_size, DIM)
-        self.q = torch.randn(len(leaves), query, 1, DIM, device="cuda", dtype=torch.float16)
+        self.q = torch.randn(
+            len(leaves), self.heads.query, 1, DIM, device="cuda", dtype=torch.float16
+        )
         self.k = torch.randn(shape, device="cuda", dtype=torch.float16)
         self.v = torch.randn(shape, device="cuda", dtype=torch.float16)
         self.page_size = page_size
         self.kv_bytes = int(length.sum()) * kv * self.heads.token_bytes
         moved = self.kv_bytes + 2 * self.q.numel() * 2
-        flops = 4 * DIM * query * int((self.position + 1).sum())
+        flops = 4 * DIM * self.heads.query * int((self.position + 1).sum())
         self.roofline_us = max(moved / BANDWIDTH, flops / FLOPS) * 1e6
 
     def __call__(self) -> torch.Tensor:
@@ -391,7 +398,7 @@ def main() -> None:
             trees |= ragpulse(arguments.ragpulse, batch, 3)
     device = torch.device("cuda", torch.cuda.current_device())
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    machine, flush = Machine.of(device), torch.empty(1 << 28, dtype=torch.uint8, device=device)
+    flush = torch.empty(1 << 28, dtype=torch.uint8, device=device)
     empty = torch.zeros(1, device=device)
     floor = graph_us(lambda: empty.add_(1), flush, 50)
     cases = json.loads((HERE / "peers-h200.json").read_text())["cases"]
@@ -400,13 +407,13 @@ def main() -> None:
     result = conditions(arguments) | {"one_kernel_us": round(floor, 2), "rows": rows}
     for heads in arguments.heads or HEADS:
         for name, tree in trees.items():
-            case = Case(name, tree, heads, arguments.page_size, machine)
+            case = Case(name, tree, heads, arguments.page_size, Machine.of(device, _heads(heads)))
             row = measure(case, flush, min(floor, FLOOR_US), arguments.repeat, arguments.sdpa)
             if (name, heads) in peers:
                 row["best_us"] = peers[name, heads]
             del case
             for idea in arguments.without:
-                with left_out(idea, processors) as other:
+                with left_out(idea, processors, _heads(heads)) as other:
                     case = Case(name, tree, heads, arguments.page_size, other, idea != "packing")
                     times = row.setdefault("without_us", {})
                     times[idea] = round(graph_us(case, flush, arguments.repeat), 2)

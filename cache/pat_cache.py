@@ -851,7 +851,8 @@ class PATCache(Cache):
                 np.int32,
             ),
         )
-        return make_plan(nodes, node, position, self.heads, size, Machine.of(device), ahead)
+        machine = Machine.of(device, self.heads)
+        return make_plan(nodes, node, position, self.heads, size, machine, ahead)
 
     # What a user asks
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pat_hf.kernels.plan import Plan, Tables
+from pat_hf.kernels.plan import Plan, Tables, chunk_size, extrema
 
 _ELEMENTS = 1 << 20  # of K and V, or of scores, held at a time; they should stay in the cache
 _ALIKE = 0.75  # blocks go together if the shortest has this share of the longest's tiles
@@ -49,11 +49,11 @@ def attention(
     lse = queries.new_full((work.results, kv_heads, group), -torch.inf)
     for job in work.jobs:
         job = job.to(q.device)
-        blocks, many = job.last.shape
+        blocks, many = job.shape
         keys, values = _gather(k_pages, job, dtype), _gather(v_pages, job, dtype)
         query = queries.index_select(0, job.rows).view(blocks, many, kv_heads, group, key_dim)
         query = query.transpose(1, 2).reshape(blocks, kv_heads, many * group, key_dim)
-        mask = None if job.positions is None else _mask(job, window, group, dtype)
+        mask = None if job.hidden is None else _mask(job.hidden, group, dtype)
         if fused:
             result, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 query, keys, values, attn_mask=mask, scale=scale
@@ -86,8 +86,8 @@ class _Job(NamedTuple):
     size: int  # tokens in a chunk
     tokens: int  # of the chunks' slots these many, from the first
     unread: torch.Tensor | None  # int64 [2, slots], block and token; they may hold anything
-    last: torch.Tensor  # int32 [blocks, m], the rows' positions
-    positions: torch.Tensor | None  # int32 [blocks, tokens] of the keys; None: all are seen
+    hidden: torch.Tensor | None  # bool [blocks, m, tokens] from whom; None: nothing
+    shape: tuple[int, int]  # blocks, m
 
     def to(self, device: torch.device) -> _Job:
         if device == self.rows.device:
@@ -116,8 +116,8 @@ def _work(
     """Of a plan tensor of these bytes, for layers of these heads and window."""
     tables = Plan.read(torch.frombuffer(bytearray(raw), dtype=torch.int32).view(shape))
     jobs = [
-        _job(tables, blocks, tokens, kv_heads, window)
-        for blocks, tokens in _batches(tables, kv_heads, group, dims, window)
+        _job(tables, blocks, chunks, size, kv_heads, window)
+        for blocks, chunks, size in _batches(tables, kv_heads, group, dims, window)
     ]
     counts = np.diff(tables.merge_ptr)
     rows = len(counts)
@@ -135,12 +135,29 @@ def _work(
 
 def _batches(
     tables: Tables, kv_heads: int, group: int, dims: int, window: int | None
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Blocks that are computed together, cut to the steps that their rows see; and n."""
-    for _, tokens, begin, end, _, _ in tables.shapes.tolist():
-        if begin == end:
-            continue
-        blocks = _cut(tables, tables.blocks[begin:end], window)
+) -> Iterator[tuple[np.ndarray, np.ndarray, int]]:
+    """Blocks that are computed together, the chunks that their rows see, and a chunk's tokens.
+
+    The chunks of block b are chunks[blocks[b, 2]:blocks[b, 3]].
+    """
+    size = chunk_size(tables.shapes[:, 1].tolist(), tables.page_size)
+    chunks, lengths = tables.chunks, tables.blocks[:, 3] - tables.blocks[:, 2]
+    if not len(chunks):
+        return
+    block = np.repeat(np.arange(len(lengths)), lengths)
+    first, end = chunks[:, 5] & 0xFFFF, chunks[:, 5] >> 16
+    furthest, hindmost = extrema(
+        tables.positions[tables.rows], chunks[:, 6] + first, chunks[:, 6] + end
+    )
+    seen = (chunks[:, 1] > 0) & (chunks[:, 2] <= furthest)
+    if window is not None:
+        seen &= chunks[:, 2] + chunks[:, 1] > hindmost - window + 1
+    chunks = chunks[seen]
+    upto = np.cumsum(np.bincount(block[seen], minlength=len(lengths)))
+    all_blocks = tables.blocks.copy()
+    all_blocks[:, 2], all_blocks[:, 3] = np.append(0, upto[:-1]), upto
+    for _, _, begin, last, _, _ in tables.shapes.tolist():
+        blocks = all_blocks[begin:last]
         steps = blocks[:, 3] - blocks[:, 2]
         order = np.argsort(-steps, kind="stable")[: np.count_nonzero(steps > 0)]
         blocks, steps = blocks[order], steps[order]
@@ -149,71 +166,63 @@ def _batches(
         while at < len(blocks):
             longest = int(steps[at])
             alike = int(np.searchsorted(-steps, -longest * _ALIKE, side="right"))
-            elements = longest * tokens * kv_heads * max(rows * group, dims)
-            upto = min(alike, at + max(_ELEMENTS // elements, 1))
-            yield blocks[at:upto], tokens
-            at = upto
-
-
-def _cut(tables: Tables, blocks: np.ndarray, window: int | None) -> np.ndarray:
-    first = blocks[0, 2]
-    steps, offsets = tables.steps[first : blocks[-1, 3]], blocks[:, 2] - first
-    block = np.repeat(np.arange(len(blocks)), blocks[:, 3] - blocks[:, 2])
-    entry = blocks[:, 0] - blocks[0, 0]
-    last = tables.positions[tables.rows[blocks[0, 0] : blocks[-1, 1]]]
-    blocks = blocks.copy()
-    beyond = steps[:, 0] > np.maximum.reduceat(last, entry)[block]
-    blocks[:, 3] -= np.add.reduceat(beyond, offsets, dtype=np.int32)
-    if window is not None:
-        before = steps[:, :2].sum(1) <= np.minimum.reduceat(last, entry)[block] - window + 1
-        blocks[:, 2] += np.add.reduceat(before, offsets, dtype=np.int32)
-    return blocks
+            elements = longest * size * kv_heads * max(rows * group, dims)
+            stop = min(alike, at + max(_ELEMENTS // elements, 1))
+            yield blocks[at:stop], chunks, size
+            at = stop
 
 
 def _job(
-    tables: Tables, blocks: np.ndarray, tokens: int, kv_heads: int, window: int | None
+    tables: Tables,
+    blocks: np.ndarray,
+    chunks: np.ndarray,
+    size: int,
+    kv_heads: int,
+    window: int | None,
 ) -> _Job:
-    # Tiles are gathered by chunks, which lie in a page each.
-    size = min(tokens, tables.page_size)
     entry, used = _padded(blocks[:, 0], blocks[:, 1])
     rows = tables.rows[entry].astype(np.int64)
-    last = tables.positions[rows]
-    slot = tables.steps[blocks[:, 2], 5][:, None]
+    last = tables.positions[rows][..., None]
+    slot = chunks[blocks[:, 2], 7][:, None]
     behind = slot + np.arange(rows.shape[1])
     target = np.where(slot < 0, rows, len(tables.positions) + behind)
 
-    step, real = _padded(blocks[:, 2], blocks[:, 3])
-    first, length = np.moveaxis(tables.steps[step, :2], -1, 0)
-    chunks = tables.steps[step, 7 : 7 + tokens // size].reshape(len(blocks), 1, -1)
-    inside = np.arange(tokens, dtype=np.int32)
+    index, real = _padded(blocks[:, 2], blocks[:, 3])
+    chunk = chunks[index]
+    inside = np.arange(size, dtype=np.int32)
+    first = chunk[..., 2, None]
     positions = np.where(
-        (inside < length[..., None]) & real[..., None], first[..., None] + inside, _NOWHERE
-    ).reshape(len(blocks), -1)
-
-    unread = positions > last.max(1, keepdims=True)
-    width = positions.shape[1] - int(unread.all(0)[::-1].argmin())
-    positions, unread = positions[:, :width], unread[:, :width]
-    page, chunk = np.divmod(chunks[..., : -(-width // size)].astype(np.int64), tables.page_size)
-    chunks = page * kv_heads + np.arange(kv_heads)[:, None]
-    chunks = chunks * (tables.page_size // size) + chunk // size
-
-    # A run has no gaps: what a row sees of it follows from its two ends.
-    begin, end = first[:, :1], tables.steps[blocks[:, 3] - 1, :2].sum(1)[:, None]
-    sees = used & (begin <= last)
-    whole = (positions <= last.min(1, keepdims=True)).all()
+        (inside < chunk[..., 1, None]) & real[..., None], first + inside, _NOWHERE
+    ).reshape(len(blocks), 1, -1)
+    hidden = positions > last
     if window is not None:
-        sees &= end > last - window + 1
-        whole &= (begin > last.max(1, keepdims=True) - window).all()
+        hidden |= positions <= last - window
+    if ((chunk[..., 5] & 0xFFFF) > 0).any() or (
+        chunk[..., 5] >> 16 != (blocks[:, 1] - blocks[:, 0])[:, None]
+    ).any():
+        query = (entry - blocks[:, :1])[..., None]
+        begin, end = (
+            np.repeat(x, size, 1)[:, None] for x in (chunk[..., 5] & 65535, chunk[..., 5] >> 16)
+        )
+        hidden |= (query < begin) | (query >= end)
+
+    unread = hidden.all(1)
+    width = unread.shape[1] - int(unread.all(0)[::-1].argmin())
+    hidden, unread = hidden[..., :width], unread[:, :width]
+    page, at = np.divmod(chunk[:, None, : -(-width // size), 0].astype(np.int64), tables.page_size)
+    places = page * kv_heads + np.arange(kv_heads)[:, None]
+    places = places * (tables.page_size // size) + at // size
+    sees = used & ~hidden.all(2)
     return _Job(
         torch.from_numpy(rows.ravel()),
         None if sees.all() else torch.from_numpy(np.flatnonzero(sees)),
         torch.from_numpy(target[sees]),
-        torch.from_numpy(chunks),
+        torch.from_numpy(places),
         size,
         width,
         torch.from_numpy(np.stack(unread.nonzero())) if unread.any() else None,
-        torch.from_numpy(last),
-        None if whole else torch.from_numpy(positions),
+        torch.from_numpy(np.ascontiguousarray(hidden)) if hidden.any() else None,
+        rows.shape,
     )
 
 
@@ -236,12 +245,8 @@ def _gather(pool: torch.Tensor, job: _Job, dtype: torch.dtype) -> torch.Tensor:
     return gathered
 
 
-def _mask(job: _Job, window: int | None, group: int, dtype: torch.dtype) -> torch.Tensor:
+def _mask(hidden: torch.Tensor, group: int, dtype: torch.dtype) -> torch.Tensor:
     """[blocks, 1, m * group, tokens]: 0, and -inf for keys that a row does not see."""
-    positions, last = job.positions[:, None], job.last[..., None]
-    hidden = positions > last
-    if window is not None:
-        hidden |= positions <= last - window
     mask = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
     mask.masked_fill_(hidden, -torch.inf)
     return mask[:, None, :, None].expand(-1, -1, -1, group, -1).flatten(2, 3)

@@ -21,8 +21,9 @@ import torch
 import triton
 import triton.language as tl
 
+from pat_hf.kernels import hopper
 from pat_hf.kernels.merge import merge_kernel
-from pat_hf.kernels.plan import Machine
+from pat_hf.kernels.plan import COLUMNS, Heads, Machine, aligned, is_hopper
 
 
 class Tile(NamedTuple):
@@ -45,50 +46,40 @@ class Tile(NamedTuple):
     stream_q: bool = False
 
 
-def tiles(itemsize: int, dim: int, major: int, rows: int) -> tuple[Tile, ...]:
+def tiles(heads: Heads, major: int, rows: int) -> tuple[Tile, ...]:
     """One for each shape of `Machine.gpu`; for GPUs of compute capability `major`.
 
     The large tiles are Hopper's: others have less shared memory, or products of another kind. Of
     few rows, blocks are short, and a wide tile is the sooner under way the smaller it is.
     """
-    if itemsize == 4:
+    if is_hopper(heads, major):
+        return Tile(64, 64, 4, 2, 2), Tile(128, 128 if rows > 256 else 64, 8, 3, 1)
+    if heads.itemsize == 4:
         return (Tile(16, 32, 4, 2, 2, stream_q=True),) * 3
-    if dim > 128:
+    if max(heads.key_dim, heads.value_dim) > 128:
         wide = Tile(32, 32, 4, 2, 2, stream_q=True)
         return (Tile(16, 32, 4, 2, 2, stream_q=True), wide, wide)
-    if major != 9:
-        return (
-            Tile(16, 32, 2, 2, 4, stream_q=True),
-            Tile(64, 32, 4, 2, 2, stream_q=True),
-            Tile(128, 32, 8, 2, 1, stream_q=True),
-        )
     return (
-        Tile(16, 32, 2, 3, 4, stream_q=True),
-        Tile(64, 64, 4, 2, 2),
-        Tile(128, 128 if rows > 256 else 64, 8, 3, 1),
+        Tile(16, 32, 2, 2, 4, stream_q=True),
+        Tile(64, 32, 4, 2, 2, stream_q=True),
+        Tile(128, 32, 8, 2, 1, stream_q=True),
     )
 
 
 @triton.jit
-def _seen(p_step, advance):
-    """How many keys of a step some row sees."""
-    return tl.minimum(tl.load(p_step + 1), tl.load(p_step + 2) + advance)
-
-
-@triton.jit
-def _past(p_step, advance, window, USE_WINDOW: tl.constexpr):
-    """How many keys of a step no row's window reaches back to; it may be none."""
-    if USE_WINDOW:
-        return tl.load(p_step + 3) + advance - window
+def _of_chunk(p_chunk, o_n, COLUMN: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
+    """A column of a step's chunks: for each of its tokens, or the one number."""
+    if o_n.shape[0] > CHUNK:
+        return tl.load(p_chunk + COLUMN + o_n // CHUNK * COLUMNS)
     else:
-        return 0
+        return tl.load(p_chunk + COLUMN)
 
 
 @triton.jit
-def _rows(p_rows, p_step, o_r, G: tl.constexpr):
+def _rows(p_rows, p_chunk, o_r, G: tl.constexpr):
     """A block's query rows, [BM]; -1 if there are fewer."""
-    m_r = o_r < tl.load(p_step + 6) // 2 * G
-    return tl.load(p_rows + tl.load(p_step + 4) + o_r // G, mask=m_r, other=-1)
+    m_r = o_r < tl.load(p_chunk + 8) // 8 * G
+    return tl.load(p_rows + tl.load(p_chunk + 6) + o_r // G, mask=m_r, other=-1)
 
 
 @triton.jit
@@ -100,23 +91,33 @@ def _load_queries(q, i_r, o_k, i_hq, sq_r, sq_h, K: tl.constexpr):
 
 
 @triton.jit
-def _chunks(p_step, i_piece, o_n, seen, BN: tl.constexpr, CHUNK: tl.constexpr):
-    """Where a piece's keys lie: page * page size + slot, of the first or of each."""
-    if CHUNK >= BN:
-        return tl.load(p_step + 7 + i_piece * BN // CHUNK) + i_piece * BN % CHUNK
+def _keys(
+    p_chunk,
+    o_n,
+    advance,
+    window,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    USE_WINDOW: tl.constexpr,
+):
+    """Where a step's chunks lie; and for which tokens of a chunk there is a row that sees them."""
+    where = _of_chunk(p_chunk, o_n, 0, COLUMNS, CHUNK)
+    seen = _of_chunk(p_chunk, o_n, 3, COLUMNS, CHUNK) + advance
+    seen = tl.minimum(seen, _of_chunk(p_chunk, o_n, 1, COLUMNS, CHUNK))
+    if USE_WINDOW:
+        past = _of_chunk(p_chunk, o_n, 4, COLUMNS, CHUNK) + advance - window
     else:
-        o_t = i_piece * BN + o_n
-        where = tl.load(p_step + 7 + o_t // CHUNK, mask=o_t < seen, other=0)
-        return where + o_t % CHUNK
+        past = 0
+    return where, seen, past
 
 
 @triton.jit
-def _tile(p, where, o_n, o_d, sp, st, P: tl.constexpr):
+def _tile(p, where, o_n, o_d, sp, st, P: tl.constexpr, CHUNK: tl.constexpr):
     """Pointers [BN, BD] to the keys or values at `where`, of a head."""
     page = (where // P).to(tl.int64) * sp
     slot = where % P * st
     if where.type.is_block():
-        return p + (page + slot)[:, None] + o_d[None, :]
+        return p + (page + slot + o_n % CHUNK * st)[:, None] + o_d[None, :]
     else:
         return p + (page + slot) + (o_n[:, None] * st + o_d[None, :])
 
@@ -158,7 +159,7 @@ def _finish(
     USE_SINKS: tl.constexpr,
 ):
     """Stores a block's partials from `slot` on; if that is -1, its rows' output."""
-    m_r = o_r < rows // 2 * G
+    m_r = o_r < rows // 8 * G
     if slot >= 0:
         o_p = (slot + o_r // G).to(tl.int64) * (H * G) + i_hq
         b_scale = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
@@ -190,10 +191,10 @@ def forward_kernel(
     sinks,
     qk_scale,
     softcap,
-    window,
     W,
     sq_r,
     sq_h,
+    window,
     H: tl.constexpr,
     G: tl.constexpr,
     sk_p: tl.constexpr,
@@ -207,8 +208,9 @@ def forward_kernel(
     P: tl.constexpr,
     SHAPE: tl.constexpr,
     ROWS: tl.constexpr,
-    N: tl.constexpr,
-    STEP: tl.constexpr,
+    LANES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    CHUNK: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BK: tl.constexpr,
@@ -228,23 +230,24 @@ def forward_kernel(
         out: [B * T, H * G, V] contiguous.
         partial: fp32 [W, H * G, V]; lse: fp32 [W, H * G], in base 2.
         qk_scale: the scale times log2 e; without the log2 e if there is a softcap.
-        SHAPE: which; its m and n are ROWS and N. STEP: columns of a step.
+        SHAPE: which; its m is ROWS. LANES: where the plan's lanes are, behind its shapes. COLUMNS:
+            of a chunk, of CHUNK tokens.
     """
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    PIECES: tl.constexpr = N // BN
-    CHUNK: tl.constexpr = min(N, P)
+    STEP: tl.constexpr = BN // CHUNK * COLUMNS
     SUB: tl.constexpr = (max(ROWS, G) + BM - 1) // BM
     o_m = tl.arange(0, BM)
     o_n = tl.arange(0, BN)
+    o_t = o_n % CHUNK
     o_k = tl.arange(0, BK)
     o_v = tl.arange(0, BV)
     p_shape = plan + 2 * W + SHAPE * 6
     lane = tl.load(p_shape + 4)
     jobs = (tl.load(p_shape + 5) - lane) * (H * SUB)
-    p_lanes = plan + tl.load(plan + 7)
-    p_steps = plan + tl.load(plan + 9)
-    p_rows = plan + tl.load(plan + 13)
+    p_lanes = plan + 2 * W + LANES
+    p_chunks = plan + tl.load(plan + 8)
+    p_rows = plan + tl.load(plan + 12)
     advance = tl.load(plan + W) - tl.load(plan + 3)
     # Scores as they come from the first product, or as the softcap leaves them, to base 2.
     c_scale = 1.0 if USE_SOFTCAP else qk_scale
@@ -253,44 +256,41 @@ def forward_kernel(
         i_h = (i_j // SUB) % H
         o_r = (i_j % SUB) * BM + o_m
         i_hq = i_h * G + o_r % G
-        p_lane = p_lanes + lane + i_j // (H * SUB)
-        begin = tl.load(p_lane) * PIECES
-        end = tl.load(p_lane + 1) * PIECES
+        p_lane = p_lanes + 2 * (lane + i_j // (H * SUB))
+        begin = tl.load(p_lane)
+        steps = (tl.load(p_lane + 2) - begin) // (BN // CHUNK)
+        p_first = p_chunks + begin * COLUMNS
         p_k = k + i_h * sk_h
         p_v = v + i_h * sv_h
 
-        p_step = p_steps + (begin // PIECES) * STEP
-        seen, past = _seen(p_step, advance), _past(p_step, advance, window, USE_WINDOW)
-        where = _chunks(p_step, 0, o_n, seen, BN, CHUNK)
-        i_r = _rows(p_rows, p_step, o_r, G)
-        p_step = p_steps + (tl.minimum(begin + 1, end - 1) // PIECES) * STEP
-        row, rows = tl.load(p_step + 4), tl.load(p_step + 6)
+        where, seen, past = _keys(p_first, o_n, advance, window, COLUMNS, CHUNK, USE_WINDOW)
+        i_r = _rows(p_rows, p_first, o_r, G)
+        p_next = p_first + tl.minimum(1, steps - 1) * STEP
+        row, rows = tl.load(p_next + 6), tl.load(p_next + 8)
 
         b_q = tl.zeros([BM, BK], q.dtype.element_ty)
         b_max = tl.full([BM], float("-inf"), tl.float32)
         b_sum = tl.zeros([BM, BN] if STREAM_Q else [BM], tl.float32)
         b_out = tl.zeros([BM, BV], tl.float32)
-        for i in range(begin, end):
-            p_step = p_steps + (i // PIECES) * STEP
-            i_piece = i % PIECES
-            keys = seen - i_piece * BN
-            # Whether a block begins; and how many keys all its rows see.
-            starts = tl.load(p_step + 6) % 2 > i_piece
-            common = tl.load(p_step + 3) + advance - i_piece * BN
+        for i in range(steps):
+            p_chunk = p_first + i * STEP
+            # Whether a block begins, and whether all its rows see all keys.
+            flags = tl.load(p_chunk + 8)
+            starts = flags % 2 > 0
             # Of the step before, whose block may have ended.
-            p_old = p_step - STEP
-            old_row, old_slot, old_rows = tl.load(p_old + 4), tl.load(p_old + 5), tl.load(p_old + 6)
+            p_old = p_chunk - STEP
+            old_row, old_slot, old_rows = tl.load(p_old + 6), tl.load(p_old + 7), tl.load(p_old + 8)
             # [BN, BK], [BN, BV]
-            m_k = o_n < keys
+            m_k = o_t < seen
             if USE_WINDOW:
-                m_k = m_k & (o_n >= past - i_piece * BN)
+                m_k = m_k & (o_t >= past)
             b_k = tl.load(
-                _tile(p_k, where, o_n, o_k, sk_p, sk_t, P),
+                _tile(p_k, where, o_n, o_k, sk_p, sk_t, P, CHUNK),
                 mask=m_k[:, None] & (o_k < K)[None, :],
                 other=0.0,
             )
             b_v = tl.load(
-                _tile(p_v, where, o_n, o_v, sv_p, sv_t, P),
+                _tile(p_v, where, o_n, o_v, sv_p, sv_t, P, CHUNK),
                 mask=m_k[:, None] & (o_v < V)[None, :],
                 other=0.0,
             )
@@ -299,17 +299,16 @@ def forward_kernel(
                 b_q = _load_queries(q, i_r, o_k, i_hq, sq_r, sq_h, K)
             else:
                 if starts:
-                    i_q = _rows(p_rows, p_step, o_r, G)
+                    i_q = _rows(p_rows, p_chunk, o_r, G)
                     b_q = _load_queries(q, i_q, o_k, i_hq, sq_r, sq_h, K)
 
             # What a step needs is read a step ahead, the places of the rows' numbers two.
-            i_r = tl.load(p_rows + row + o_r // G, mask=o_r < rows // 2 * G, other=-1)
-            i_next = tl.minimum(i + 1, end - 1)
-            p_next = p_steps + (i_next // PIECES) * STEP
-            seen, past = _seen(p_next, advance), _past(p_next, advance, window, USE_WINDOW)
-            where = _chunks(p_next, i_next % PIECES, o_n, seen, BN, CHUNK)
-            p_next = p_steps + (tl.minimum(i + 2, end - 1) // PIECES) * STEP
-            row, rows = tl.load(p_next + 4), tl.load(p_next + 6)
+            keys = seen
+            i_r = tl.load(p_rows + row + o_r // G, mask=o_r < rows // 8 * G, other=-1)
+            p_next = p_first + tl.minimum(i + 1, steps - 1) * STEP
+            where, seen, past = _keys(p_next, o_n, advance, window, COLUMNS, CHUNK, USE_WINDOW)
+            p_next = p_first + tl.minimum(i + 2, steps - 1) * STEP
+            row, rows = tl.load(p_next + 6), tl.load(p_next + 8)
 
             # [BM, BN]
             if IS_FLOAT32:
@@ -323,7 +322,7 @@ def forward_kernel(
                 )
             # The block before is finished here: between the second product and the next step's
             # first, which waits for it, nothing may touch b_out.
-            if starts & (i > begin):
+            if starts & (i > 0):
                 _finish(
                     old_row, old_slot, old_rows, p_rows, o_r, i_hq, b_max,
                     tl.sum(b_sum, 1) if STREAM_Q else b_sum,
@@ -332,20 +331,18 @@ def forward_kernel(
                 b_max = tl.full([BM], float("-inf"), tl.float32)
                 b_sum = tl.zeros_like(b_sum)
                 b_out = tl.zeros([BM, BV], tl.float32)
-            ragged = keys > common
-            if USE_WINDOW:
-                ragged = ragged | (tl.load(p_step + 2) + advance > window + i_piece * BN)
-            if STREAM_Q:
-                b_s = tl.where((o_n < keys)[None, :], b_s, float("-inf"))
-            else:
-                ragged = ragged | (keys < BN)
-            if ragged:
-                i_p = _rows(p_rows, p_step, o_r, G)
-                o_p = tl.load(plan + W + i_p, mask=i_p >= 0, other=0) - tl.load(p_step)
-                o_p = o_p - i_piece * BN
-                m_s = (o_n < keys)[None, :] & (o_n[None, :] <= o_p[:, None])
+            if USE_WINDOW or flags % 4 < 2:
+                i_p = _rows(p_rows, p_chunk, o_r, G)
+                o_p = tl.load(plan + W + i_p, mask=i_p >= 0, other=0)
+                first = _of_chunk(p_chunk, o_n, 2, COLUMNS, CHUNK) + o_t
+                rows_for = _of_chunk(p_chunk, o_n, 5, COLUMNS, CHUNK)
+                o_q = (o_r // G)[:, None]
+                m_s = (o_t < keys)[None, :] & (first[None, :] <= o_p[:, None])
+                if rows_for.type.is_block():
+                    rows_for = rows_for[None, :]
+                m_s = m_s & (o_q >= (rows_for & 65535)) & (o_q < (rows_for >> 16))
                 if USE_WINDOW:
-                    m_s = m_s & (o_n[None, :] > o_p[:, None] - window)
+                    m_s = m_s & (first[None, :] > o_p[:, None] - window)
                 b_s = tl.where(m_s, b_s, float("-inf"))
             b_new = tl.maximum(b_max, tl.max(b_s, 1) * c_scale)
             b_ref = tl.where(b_new == float("-inf"), 0.0, b_new)
@@ -363,8 +360,8 @@ def forward_kernel(
                 b_out = tl.dot(b_p.to(b_v.dtype), b_v, b_out)
             b_max = b_new
 
-        p_old = p_steps + (end // PIECES - 1) * STEP
-        old_row, old_slot, old_rows = tl.load(p_old + 4), tl.load(p_old + 5), tl.load(p_old + 6)
+        p_old = p_first + (steps - 1) * STEP
+        old_row, old_slot, old_rows = tl.load(p_old + 6), tl.load(p_old + 7), tl.load(p_old + 8)
         _finish(
             old_row, old_slot, old_rows, p_rows, o_r, i_hq, b_max,
             tl.sum(b_sum, 1) if STREAM_Q else b_sum,
@@ -407,46 +404,65 @@ def forward(
     lse = q.new_empty(width, query_heads, dtype=torch.float32)
     if not out.numel():
         return out
-    processors, major = _machine(q.device)
+    heads = Heads(query_heads, kv_heads, key_dim, value_dim, q.element_size())
+    processors, major = _processors(q.device)
+    machine = Machine.gpu(processors, heads, major)
+    shapes, chunk = machine.shapes, machine.chunk(page_size)
     pdl = q.is_cuda and major >= 9
-    shapes = Machine.gpu(processors).shapes
-    chunks = max(max(shape.tokens for shape in shapes) // page_size, 1)
-    choice = tiles(q.element_size(), max(key_dim, value_dim), major, rows)
     launches = []
+    arguments = (
+        plan, out, partial, lse, sinks,
+        scale if softcap is not None else scale * 1.4426950408889634,
+        softcap or 0.0, width, row_stride, q.stride(1),
+    )  # fmt: skip
+    options = dict(
+        H=kv_heads, G=group, K=key_dim, V=value_dim, P=page_size,
+        COLUMNS=COLUMNS["chunks"], LANES=aligned(len(shapes) * COLUMNS["shapes"]),
+        USE_SOFTCAP=softcap is not None, USE_SINKS=sinks is not None,
+    )  # fmt: skip
+    choice = ()
+    if q.is_cuda and is_hopper(heads, major) and window is None:
+        sources = [hopper.descriptor(x, chunk) for x in (k_pages, v_pages)]
+        options |= dict(
+            **hopper.pitches(k_pages, v_pages),
+            BN=shapes[-1].tokens, STAGES=hopper.STAGES, num_warps=4,
+            maxnreg=hopper.REGISTERS[0], REGISTERS=hopper.REGISTERS[1],
+        )  # fmt: skip
+        launches.append((hopper.hopper_kernel, (processors,), (q, *sources, *arguments), options))
+    else:
+        choice = tiles(heads, major, rows)
+        options |= dict(
+            **{f"s{name}_{d}": x.stride(i) for name, x in (("k", k_pages), ("v", v_pages))
+               for i, d in enumerate("pht")},
+            BK=triton.next_power_of_2(key_dim), BV=triton.next_power_of_2(value_dim),
+            CHUNK=chunk, USE_WINDOW=window is not None, IS_FLOAT32=q.dtype == torch.float32,
+            USE_PDL=pdl,
+        )  # fmt: skip
     for i, tile in reversed(list(enumerate(choice))):
         # No block has more rows than the batch.
         if i and rows * group <= shapes[i - 1].rows:
             continue
-        arguments = (
-            q, k_pages, v_pages, plan, out, partial, lse, sinks,
-            scale if softcap is not None else scale * 1.4426950408889634,
-            softcap or 0.0, window or 0, width, row_stride, q.stride(1),
-            kv_heads, group, *k_pages.stride()[:3], *v_pages.stride()[:3],
-        )  # fmt: skip
-        options = dict(
-            K=key_dim, V=value_dim, P=page_size,
-            SHAPE=i, ROWS=shapes[i].rows, N=shapes[i].tokens, STEP=7 + chunks,
-            BM=tile.m, BN=tile.n,
-            BK=triton.next_power_of_2(key_dim), BV=triton.next_power_of_2(value_dim),
-            USE_WINDOW=window is not None, USE_SOFTCAP=softcap is not None,
-            USE_SINKS=sinks is not None, IS_FLOAT32=q.dtype == torch.float32,
-            STREAM_Q=tile.stream_q, USE_PDL=pdl,
+        own = dict(
+            SHAPE=i, ROWS=shapes[i].rows, BM=tile.m, BN=tile.n, STREAM_Q=tile.stream_q,
             num_warps=tile.warps, num_stages=tile.stages,
             **({"launch_pdl": bool(launches)} if pdl else {}),
         )  # fmt: skip
-        launches.append((forward_kernel, (processors * tile.per_sm,), arguments, options))
+        sources = (q, k_pages, v_pages, *arguments, window or 0)
+        launches.append((forward_kernel, (processors * tile.per_sm,), sources, options | own))
     value_block = triton.next_power_of_2(value_dim)
-    heads = min(triton.next_power_of_2(query_heads), max(1024 // value_block, 1))
+    # Few rows are spread over the machine by heads.
+    many = min(query_heads, max(1024 // value_block, 1), -(-rows * query_heads // (8 * processors)))
+    many = triton.next_power_of_2(many)
     options = dict(
-        HQ=query_heads, V=value_dim, BH=heads, BV=value_block,
-        USE_SINKS=sinks is not None, USE_PDL=pdl, num_warps=4,
+        HQ=query_heads, V=value_dim, BH=many, BV=value_block,
+        USE_SINKS=sinks is not None, USE_PDL=pdl, num_warps=max(many * value_block // 256, 1),
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
-    grid = (rows, triton.cdiv(query_heads, heads))
+    grid = (rows, triton.cdiv(query_heads, many))
     launches.append((merge_kernel, grid, (plan, partial, lse, out, sinks, width), options))
     if q.is_cuda:
         layout = (*k_pages.shape[1:], *k_pages.stride(), *v_pages.shape[1:], *v_pages.stride())
-        used = (window is None, softcap is None, sinks is None, row_stride % 16)
+        used = (window is None, softcap is None, sinks is None, row_stride % 16, many)
         _compile(launches, (q.device, q.dtype, query_heads, *choice, *layout, *used))
     for kernel, grid, arguments, options in launches:
         kernel[grid](*arguments, **options)
@@ -476,7 +492,7 @@ def _compile(launches: list[tuple], kind: tuple[object, ...]) -> None:
 
 
 @functools.cache
-def _machine(device: torch.device) -> tuple[int, int]:
+def _processors(device: torch.device) -> tuple[int, int]:
     """Streaming multiprocessors and compute capability; for the interpreter, those to imitate."""
     if device.type != "cuda":
         return 2, 9

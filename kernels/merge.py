@@ -57,8 +57,8 @@ def merge_kernel(
     m_o = m_h[:, None] & (o_v < V)[None, :]
     p_out = out + i_r * HQ * V + o_h[:, None] * V + o_v[None, :]
 
-    ptr = plan + tl.load(plan + 17)
-    p_slots = plan + tl.load(plan + 15)
+    ptr = plan + tl.load(plan + 16)
+    p_slots = plan + tl.load(plan + 14)
     begin = tl.load(ptr + i_r)
     end = tl.load(ptr + i_r + 1)
     position = tl.load(plan + W + i_r)

@@ -53,13 +53,14 @@ def attention(
         ...     pages=np.array([1, 2, 3, 4]),
         ... )
         >>> k_pages, v_pages = torch.randn(2, 5, 2, 16, 64).unbind()
+        >>> heads = Heads(query=8, kv=2, key_dim=64, value_dim=64, itemsize=4)
         >>> plan = make_plan(
         ...     nodes,
         ...     node=np.array([1, 2]),
         ...     position=np.array([24, 26]),
-        ...     heads=Heads(query=8, kv=2, key_dim=64, value_dim=64, itemsize=4),
+        ...     heads=heads,
         ...     page_size=16,
-        ...     machine=Machine.of(k_pages.device),
+        ...     machine=Machine.of(k_pages.device, heads),
         ... )
         >>> q = torch.randn(2, 8, 1, 64)
         >>> attention(q, k_pages, v_pages, plan.tensor(q.device), scale=64**-0.5).shape

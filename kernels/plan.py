@@ -1,7 +1,9 @@
 """The scheduler: a prefix tree and query rows to thread blocks, as flat int32 tables.
 
-Pack (PAT, arXiv 2511.22333, section 5, counted in bytes), cut into query tiles, cut along KV.
-NumPy only, by level of the tree: no Python loop over nodes, rows or tiles.
+Pack: the tree is cut into packs by what its reading, its products and its partials cost (PAT, arXiv
+2511.22333, section 5, puts nodes together along a path only; here also across siblings). Then packs
+are cut into query tiles, and those along KV. NumPy only, by level of the tree: no Python loop over
+nodes, rows or tiles.
 """
 
 from __future__ import annotations
@@ -13,11 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-_TABLES = ("shapes", "lanes", "steps", "blocks", "rows", "slots", "merge_ptr")
-_COLUMNS = {"shapes": 6, "blocks": 4}
-_HEADER = 5 + 2 * len(_TABLES)
-_STEP = 7  # columns of a step in front of its chunks
+_TABLES = ("shapes", "lanes", "chunks", "blocks", "rows", "slots", "merge_ptr")
+COLUMNS = {"shapes": 6, "lanes": 2, "chunks": 9, "blocks": 4}
+_HEADER = 4 + 2 * len(_TABLES)
 _ALIGN = 64
+_CHUNK = 32  # tokens; more waste more of a tile where nodes are short
 _NOWHERE = -(1 << 30)
 
 
@@ -74,12 +76,16 @@ class Shape(NamedTuple):
         tokens: KV tile (n), a power of two from 16; 0: a page.
         programs: of all KV heads together, that run side by side.
         least: tokens below which a run of KV is not cut in two.
+        cost: of a token in a block, to read it from memory once = 1.
+        start: tokens that a block costs beside its own.
     """
 
     rows: int
     tokens: int
     programs: int
     least: int
+    cost: float
+    start: int
 
 
 @dataclass(frozen=True)
@@ -88,61 +94,91 @@ class Machine:
 
     Attributes:
         shapes: ascending by rows. A group wider than the last is a block of that shape.
-        partial: what a byte of a partial costs, in bytes of K and V that are read once more.
+        partial: what a byte of a partial costs, in bytes of K and V read once.
     """
 
     shapes: tuple[Shape, ...]
-    partial: int = 1
+    partial: float = 1
 
     @staticmethod
     def cpu() -> Machine:
         """cpu.py gathers by page and pads no more than it must, so tiles are pages."""
-        return Machine(tuple(Shape(1 << i, 0, 1 << 30, 8192) for i in range(11)))
+        shapes = (Shape(1 << i, 0, 1 << 30, 8192, 1 + (1 << i) / 16, 16) for i in range(11))
+        return Machine(tuple(shapes))
 
     @staticmethod
-    def gpu(processors: int) -> Machine:
-        """As many programs as `forward.tiles` has resident on `processors` multiprocessors.
+    def gpu(processors: int, heads: Heads, major: int = 9) -> Machine:
+        """As many programs as the kernels have resident on `processors` multiprocessors.
 
-        That is for 16-bit K and V of dims up to 128 on Hopper; elsewhere a program may have two
-        lanes to run, or none. What is read once more tends to come from the L2, and a partial has
-        a block to begin and end: on an H200, 3 was the best of 1, 1.5, 2 and 3.
+        Args:
+            processors: streaming multiprocessors.
+            heads: of the layers.
+            major: the GPU's compute capability.
         """
-        return Machine(
-            (
-                Shape(16, 32, 4 * processors, 128),
-                Shape(64, 64, 2 * processors, 256),
-                Shape(128, 128, processors, 256),
-            ),
-            partial=3,
+        if is_hopper(heads, major):
+            # Measured on an H200; a partial has a block to begin and end beside its bytes.
+            shapes = (
+                Shape(64, 64, processors, 256, 1.0, 64),
+                Shape(128, 64, processors, 256, 1.3, 64),
+            )
+            return Machine(shapes, partial=3)
+        # Products on cores that are not made for them cost in proportion to the rows.
+        dear = heads.itemsize > 2 or max(heads.key_dim, heads.value_dim) > 128
+        shapes = (
+            Shape(16, 32, 4 * processors, 128, 1.0, 32),
+            Shape(64, 64, 2 * processors, 256, 4.0 if dear else 1.1, 64),
+            Shape(128, 128, processors, 256, 8.0 if dear else 1.4, 128),
         )
+        return Machine(shapes, partial=3)
 
     @staticmethod
     @functools.cache
-    def of(device: torch.device) -> Machine:
-        """The machine behind a device."""
+    def of(device: torch.device, heads: Heads) -> Machine:
+        """The machine behind a device, as layers of these heads use it."""
         if device.type != "cuda":
             return Machine.cpu()
-        return Machine.gpu(torch.cuda.get_device_properties(device).multi_processor_count)
+        properties = torch.cuda.get_device_properties(device)
+        return Machine.gpu(properties.multi_processor_count, heads, properties.major)
+
+    def chunk(self, page_size: int) -> int:
+        """Tokens of a page that are addressed together."""
+        return chunk_size([shape.tokens or page_size for shape in self.shapes], page_size)
+
+
+def chunk_size(tokens: list[int], page_size: int) -> int:
+    """Tokens of a page that are addressed together, where shapes have steps of `tokens`."""
+    return min(page_size, *tokens, _CHUNK)
+
+
+def is_hopper(heads: Heads, major: int) -> bool:
+    """Whether `hopper.py` serves layers of these heads on GPUs of compute capability `major`."""
+    dims = heads.key_dim, heads.value_dim
+    if major != 9 or heads.itemsize != 2 or heads.group > 128:
+        return False
+    return max(dims) <= 128 and not any(dim % 8 for dim in dims)
 
 
 class Tables(NamedTuple):
     """The plan's tables, int32.
 
-    A block is the attention of some query rows to a run of KV; a step is a tile of it, n tokens of
-    one node in chunks of min(n, page size). A lane is the steps that a program runs one after
-    another, for one KV head: those of whole blocks.
+    A chunk is some tokens of one node, in one page. A block is the attention of some query rows to
+    the chunks of one or more nodes, each of which is for a range of its rows; a step is what is
+    computed at once, of as many chunks as make a KV tile. A lane is the steps that a program runs
+    one after another, for one KV head: those of whole blocks.
 
     Attributes:
         shapes: [S, 6], for each of the machine's: m, n, first block, end block, first lane, end
             lane. Blocks and lanes are sorted by shape.
-        lanes: [L+1] lane l runs steps lanes[l]..lanes[l+1]-1.
-        steps: [T, 7 + chunks] first position; tokens; tokens up to the furthest row's position and
-            up to the hindmost row's, as planned, whether they are in the tile or not; the block's
-            first row (into `rows`); where that row's partial goes, those of the others behind it,
-            or -1: the block is its rows' only one; twice the number of rows, plus 1 in the first
-            step of a block; and of each chunk, the page times the page size plus the slot of its
-            first token.
-        blocks: [B, 4] first row, end row (into `rows`), first step, end step.
+        lanes: [L+1, 2] first chunk, first block; those of the next lane end it.
+        chunks: [T, 9] its place, page times page size plus slot; tokens; position of the first;
+            tokens up to the furthest position of the rows that it is for, and up to the hindmost,
+            as planned, whether they are in the chunk or not; those rows, first + end << 16, in the
+            block's; the block's first row (into `rows`); where that row's partial goes, those of
+            the others behind it, or -1: the block is its rows' only one; and eight times the
+            number of the block's rows, plus 1 in a block's first chunk, plus 2 where all rows see
+            all tokens of the step, 4 where each of those is seen. The last chunks of a block may be
+            empty.
+        blocks: [B, 4] first row, end row (into `rows`), first chunk, end chunk.
         rows: [K] query rows, B * T of q [B, heads, T, dim] counted as b * T + t.
         slots: the partials of row r are slots[merge_ptr[r]:merge_ptr[r+1]].
         merge_ptr: [R+1], a row's range is empty if its only block is.
@@ -153,7 +189,7 @@ class Tables(NamedTuple):
 
     shapes: np.ndarray
     lanes: np.ndarray
-    steps: np.ndarray
+    chunks: np.ndarray
     blocks: np.ndarray
     rows: np.ndarray
     slots: np.ndarray
@@ -173,12 +209,12 @@ class Plan:
 
         0, 1, 2             query rows, partials, page size
         3                   the position of row 0 as planned: how far all have advanced since
-        4                   columns of `steps`
-        5 + 2 i, 6 + 2 i    offset in the tensor and size, in elements, of table i of
-                            shapes, lanes, steps, blocks, rows, slots, merge_ptr
+        4 + 2 i, 5 + 2 i    offset in the tensor and size, in elements, of table i of
+                            shapes, lanes, chunks, blocks, rows, slots, merge_ptr
     """
 
     tables: Tables
+    heads: Heads
 
     @property
     def partials(self) -> int:
@@ -188,8 +224,8 @@ class Plan:
     @property
     def kv_tokens(self) -> int:
         """Tokens whose K and V each KV head reads, at the positions planned for; re-reads count."""
-        steps = self.tables.steps
-        return int(np.clip(steps[:, 2], 0, steps[:, 1]).sum())
+        chunks = self.tables.chunks
+        return int(np.clip(chunks[:, 3], 0, chunks[:, 1]).sum())
 
     @functools.cached_property
     def shape(self) -> tuple[int, int]:
@@ -203,7 +239,7 @@ class Plan:
 
     @property
     def _size(self) -> int:
-        return sum(_aligned(getattr(self.tables, name).size) for name in _TABLES)
+        return sum(aligned(getattr(self.tables, name).size) for name in _TABLES)
 
     def tensor(self, device: torch.device | str) -> torch.Tensor:
         """The plan as the smallest tensor that holds it.
@@ -248,25 +284,24 @@ class Plan:
         positions = self.tables.positions
         flat[:3] = len(positions), self.partials, self.tables.page_size
         flat[3] = positions[0] if len(positions) else 0
-        flat[4] = self.tables.steps.shape[1]
         flat[width : width + len(positions)] = positions
         offset = 2 * width
         for i, name in enumerate(_TABLES):
             table = getattr(self.tables, name)
-            flat[5 + 2 * i : 7 + 2 * i] = offset, table.size
+            flat[4 + 2 * i : 6 + 2 * i] = offset, table.size
             flat[offset : offset + table.size] = table.ravel()
-            offset += _aligned(table.size)
+            offset += aligned(table.size)
         return torch.from_numpy(flat)
 
     def _check_machine(self, device: torch.device) -> None:
         if device.type != "cuda":
             return  # cpu.py runs any plan
         made = [tuple(shape) for shape in self.tables.shapes[:, :2].tolist()]
-        runs = [(shape.rows, shape.tokens) for shape in Machine.of(device).shapes]
+        runs = [(shape.rows, shape.tokens) for shape in Machine.of(device, self.heads).shapes]
         if made != runs:
             raise ValueError(
                 f"This plan has blocks of (rows, tokens) {made}, and the kernels on {device} run "
-                f"{runs}. Make it for that machine: make_plan(.., machine=Machine.of(device))."
+                f"{runs}. Make it for that machine, Machine.of(device, heads)."
             )
 
     @staticmethod
@@ -275,11 +310,11 @@ class Plan:
         width = tensor.shape[-1]
         flat = tensor.cpu().numpy().reshape(-1)
         header = flat[:_HEADER].tolist()
-        columns, tables = {**_COLUMNS, "steps": header[4]}, []
+        tables = []
         for i, name in enumerate(_TABLES):
-            offset, size = header[5 + 2 * i], header[6 + 2 * i]
+            offset, size = header[4 + 2 * i], header[5 + 2 * i]
             table = flat[offset : offset + size]
-            tables.append(table.reshape(-1, columns[name]) if name in columns else table)
+            tables.append(table.reshape(-1, COLUMNS[name]) if name in COLUMNS else table)
         return Tables(*tables, flat[width : width + header[0]], header[2])
 
     @staticmethod
@@ -320,51 +355,47 @@ def make_plan(
     """
     node, position = np.asarray(node), np.asarray(position)
     _check(nodes, node, position, heads, page_size)
-    forest = _compress(nodes, node, position)
-    merged, link = _pack(forest, heads, machine)
-    packs = _runs(forest, merged, link)
-    queries = _query_tiles(nodes, forest, packs, position, heads, machine, ahead)
+    forest = _compress(nodes, node)
+    tiles = _query_tiles(forest, heads, machine)
+    runs = _runs(nodes, forest, tiles, position, ahead)
     position = np.where(node < 0, _NOWHERE, position)
-    return Plan(_tables(nodes, packs, queries, position, page_size, heads, machine))
+    tables = _tables(nodes, forest.rows, tiles, runs, position, page_size, heads, machine)
+    return Plan(tables, heads)
 
 
 class _Forest(NamedTuple):
-    """The tree without nodes that no row sees, every chain of them shortened to one.
+    """The tree without nodes that no row sees, every chain of them taken as one.
 
     The members of a chain are seen by the same rows. Chains are ordered by depth, those of one
     parent side by side.
     """
 
     alive: np.ndarray  # [A] nodes that are seen, in preorder
-    first: np.ndarray  # [C] chain c is alive[first[c]:first[c] + members[c]]
-    members: np.ndarray  # [C]
+    chain: np.ndarray  # [A] theirs
+    begin: np.ndarray  # [A] rows at or below are rows[begin:end]
+    end: np.ndarray  # [A]
     levels: np.ndarray  # [D+1] chains of depth d are levels[d]..levels[d+1]-1
     parent: np.ndarray  # [C], -1 for a root
     tokens: np.ndarray  # [C]
-    queries: np.ndarray  # [C] rows at or below
-    own: np.ndarray  # [C] rows that end here
-    furthest: np.ndarray  # [C] the largest position of those
-    rows: np.ndarray  # [L] rows that see anything, by node
-    chain: np.ndarray  # [L] where they end
+    first: np.ndarray  # [C] rows at or below are rows[first:first + queries]
+    queries: np.ndarray  # [C]
+    rows: np.ndarray  # [L] rows that see anything, in preorder of their nodes
 
 
-def _compress(nodes: Nodes, node: np.ndarray, position: np.ndarray) -> _Forest:
+def _compress(nodes: Nodes, node: np.ndarray) -> _Forest:
     count = len(nodes.parent)
     own = np.bincount(node + 1, minlength=count + 1)
     rows = _stable_argsort(node + 1, count)[own[0] :]
     before = _offsets(own[1:])
-    queries = before[nodes.end] - before[:-1]
-    alive = np.flatnonzero(queries)
-    queries, parent = queries[alive], nodes.parent[alive]
+    alive = np.flatnonzero(before[nodes.end] - before[:-1])
+    begin, end, parent = before[alive], before[nodes.end[alive]], nodes.parent[alive]
+    queries = end - begin
     # An only child that all rows of its parent pass through follows it in the preorder.
     begins = parent < 0
     begins[1:] |= (queries[1:] != queries[:-1]) | (parent[1:] != alive[:-1])
     first = np.flatnonzero(begins)
     top = alive[first]
     chains = len(first)
-    members = np.empty(chains, np.int64)
-    members[:-1] = first[1:] - first[:-1]
-    members[-1:] = len(alive) - first[-1:]
     # Chains above a chain: those begun before it less those whose subtree is over.
     over = np.bincount(np.searchsorted(top, nodes.end[top]), minlength=chains + 1)
     depth = np.arange(chains) - np.cumsum(over)[:-1]
@@ -373,216 +404,224 @@ def _compress(nodes: Nodes, node: np.ndarray, position: np.ndarray) -> _Forest:
     rank[order] = np.arange(chains)
     rank[-1] = -1
     above = np.full(count + 1, -1)
-    above[alive[first + members - 1]] = np.arange(chains)
-
-    own = own[1:][alive[first + members - 1]]
-    ending = np.flatnonzero(own)
-    furthest = np.full(chains, np.iinfo(np.int64).max)
+    above[alive] = np.cumsum(begins) - 1
     tokens = np.zeros(chains, np.int64)
     if chains:
-        furthest[ending] = np.maximum.reduceat(position[rows], _offsets(own[ending])[:-1])
         tokens = np.add.reduceat(nodes.length[alive], first, dtype=np.int64)
     return _Forest(
         alive,
-        first[order],
-        members[order],
+        rank[above[alive]],
+        begin,
+        end,
         _offsets(np.bincount(depth)),
         rank[above[nodes.parent[top]]][order],
         tokens[order],
+        begin[first][order],
         queries[first][order],
-        own[order],
-        furthest[order],
         rows,
-        np.repeat(rank[:-1], own),
     )
 
 
-def _pack(forest: _Forest, heads: Heads, machine: Machine) -> tuple[np.ndarray, np.ndarray]:
-    """Which chains read their parent's run in front of their own, by PAT's profit model.
+class _Tiles(NamedTuple):
+    """Query tiles, sorted by shape."""
 
-    To merge a child of s queries saves a partial for each of them, and reads the parent's run
-    once more; not if they fill query tiles exactly, for then the parent has as many fewer. A
-    parent whose rows all leave with its children is not read for itself.
+    pack: np.ndarray  # [A] first tile of the pack of alive[a]; the others follow it
+    origin: np.ndarray  # [A] first row of the pack
+    room: np.ndarray  # [A] rows of a tile of the pack
+    order: np.ndarray  # [Q] tiles by shape, in the numbering of `pack`
+    begin: np.ndarray  # [Q] first of rows, in that order
+    shape: np.ndarray  # [Q] of the machine's
 
-    Returns:
-        merged: bool [C].
-        link: int64 [C], the chain whose run the rows attend to in another pack; -1: none.
+
+def _query_tiles(forest: _Forest, heads: Heads, machine: Machine) -> _Tiles:
+    """Cuts the tree into packs of connected nodes, and their rows into tiles.
+
+    A tile reads each node of the pack that any of its rows sees, and computes it for all of them.
+    What one reads again, or computes for nothing, is weighed against a partial for each query at
+    every edge that is cut: from the leaves up, the least cost of a subtree that is a pack's from
+    above, for each shape; and of one that is cut off.
     """
-    merged = np.zeros(len(forest.parent), bool)
-    link = forest.parent.copy()
-    run = forest.tokens * heads.token_bytes  # bytes carried
-    room = _query_tile(heads, machine)
-    tiles = -(-forest.queries // room)
-    more = forest.queries % room > 0
-    saved = forest.queries * (heads.partial_bytes * machine.partial)
+    chains, shapes = len(forest.parent), machine.shapes
+    room = np.array([max(shape.rows // heads.group, 1) for shape in shapes])
+    price = np.array([shape.cost for shape in shapes], float)
+    start = price * [shape.start for shape in shapes]
+    partial = heads.partial_bytes * machine.partial / heads.token_bytes
+    tiles = -(-forest.queries[:, None] // room)  # [C, S]
+    within = tiles * forest.tokens[:, None] * price
+    alone = np.empty(chains)
+    best = np.empty(chains, np.int64)
+    for begin, end in zip(forest.levels[-2::-1], forest.levels[:0:-1], strict=True):
+        level = slice(begin, end)
+        cost = within[level] + tiles[level] * start
+        best[level] = cost.argmin(1)
+        alone[level] = cost.min(1) + forest.queries[level] * partial
+        if begin:
+            parent = forest.parent[level]
+            families = _starts(parent)
+            least = np.minimum(within[level], alone[level, None])
+            within[parent[families]] += np.add.reduceat(least, families)
+    top = np.arange(chains)
     for begin, end in zip(forest.levels[1:-1], forest.levels[2:], strict=True):
         level = slice(begin, end)
         parent = forest.parent[level]
-        read = run[parent]
-        joins = saved[level] >= read * more[level]
-        if not joins.all():
-            families = _starts(parent)
-            rest = np.add.reduceat((tiles[level] * read - saved[level]) * ~joins, families)
-            left = np.add.reduceat(forest.queries[level] * ~joins, families)
-            head = parent[families]
-            dissolves = (forest.own[head] == 0) & (rest <= -(-left // room) * run[head])
-            joins |= np.repeat(dissolves, np.diff(families, append=len(parent)))
-        merged[level] = joins
-        run[level] += read * joins
-        link[level] = np.where(joins, link[parent], parent)
-    return merged, link
+        shape = best[parent]
+        joins = within[np.arange(begin, end), shape] <= alone[level]
+        top[level] = np.where(joins, top[parent], top[level])
+        best[level] = np.where(joins, shape, best[level])
 
-
-class _Packs(NamedTuple):
-    """Runs of KV that some rows read together."""
-
-    chain: np.ndarray  # [P] the run's last
-    entry: np.ndarray  # [P+1] the pack's rows are rows[entry[p]:entry[p+1]]
-    rows: np.ndarray
-    member: np.ndarray  # [P+1] the run's nodes are members[member[p]:member[p+1]]
-    members: np.ndarray
-
-
-def _runs(forest: _Forest, merged: np.ndarray, link: np.ndarray) -> _Packs:
-    chain, row = _climb(forest.chain, link)
-    count = np.bincount(chain, minlength=len(link))
-    row = row[_stable_argsort(chain, len(link))]
-    packs = np.flatnonzero(count)
-    chain, pack = _climb(packs, np.where(merged, forest.parent, -1))
-    # A run is read from its top.
-    chain, pack = chain[::-1], pack[::-1]
-    order = _stable_argsort(pack, len(packs))
-    chain, pack = chain[order], pack[order]
-    owner, index = _expand(forest.members[chain])
-    return _Packs(
-        packs,
-        _offsets(count[packs]),
-        forest.rows[row],
-        _offsets(np.bincount(pack[owner], minlength=len(packs))),
-        forest.alive[forest.first[chain][owner] + index],
+    packs = np.flatnonzero(top == np.arange(chains))
+    size = room[best[packs]]
+    counts = -(-forest.queries[packs] // size)
+    pack, index = _expand(counts)
+    begin = forest.first[packs][pack] + index * size[pack]
+    rows = np.minimum(forest.queries[packs][pack] - index * size[pack], size[pack])
+    most = [shape.rows for shape in shapes]
+    shape = np.searchsorted(most[:-1], rows * heads.group)
+    order = _stable_argsort(shape, len(most))
+    number = np.empty(chains, np.int64)
+    number[packs] = _offsets(counts)[:-1]
+    top = top[forest.chain]
+    return _Tiles(
+        number[top],
+        forest.first[top],
+        room[best[top]],
+        order,
+        begin[order],
+        shape[order],
     )
 
 
-class _Queries(NamedTuple):
-    """Query tiles, sorted by shape; all of a pack's are alike but the last."""
+class _Runs(NamedTuple):
+    """What each tile reads of a node, sorted by tile, in preorder."""
 
-    pack: np.ndarray  # [Q]
-    entry: np.ndarray  # [Q] first of the tile's rows
-    rows: np.ndarray  # [Q] how many
-    shape: np.ndarray  # [Q] of the machine's
-    seen: np.ndarray  # [Q] tokens of the run's last node that the rows can see
+    tile: np.ndarray  # [N], by shape
+    node: np.ndarray  # [N]
+    begin: np.ndarray  # [N] rows of the tile that see it, counted from the tile's first
+    end: np.ndarray  # [N]
+    furthest: np.ndarray  # [N] the largest position of those
+    hindmost: np.ndarray  # [N]
+    seen: np.ndarray  # [N] tokens that they see, or will
 
 
-def _query_tiles(
-    nodes: Nodes,
-    forest: _Forest,
-    packs: _Packs,
-    position: np.ndarray,
-    heads: Heads,
-    machine: Machine,
-    ahead: int | None,
-) -> _Queries:
-    room = _query_tile(heads, machine)
-    rows = packs.entry[1:] - packs.entry[:-1]
-    pack, index = _expand(-(-rows // room))
-    entry = packs.entry[pack] + index * room
-    rows = np.minimum(rows[pack] - index * room, room)
-    most = [shape.rows for shape in machine.shapes]
-    shape = np.searchsorted(most[:-1], rows * heads.group)
+def _runs(
+    nodes: Nodes, forest: _Forest, tiles: _Tiles, position: np.ndarray, ahead: int | None
+) -> _Runs:
+    index = (forest.begin - tiles.origin) // tiles.room
+    counts = (forest.end - 1 - tiles.origin) // tiles.room + 1 - index
+    owner, more = _expand(counts)
+    index = index[owner] + more
+    rank = np.empty(len(tiles.order), np.int64)
+    rank[tiles.order] = np.arange(len(rank))
+    tile = rank[tiles.pack[owner] + index]
+    order = _stable_argsort(tile, len(rank))
+    owner, tile = owner[order], tile[order]
+    first, room = tiles.begin[tile], tiles.room[owner]
+    begin = np.maximum(forest.begin[owner], first)
+    end = np.minimum(forest.end[owner], first + room)
+    where = position[forest.rows]
+    furthest, hindmost = extrema(where, begin, end)
 
-    # Rows that end in the run's last node see a part of it, and more of it as they advance.
-    bottom = packs.members[packs.member[1:] - 1]
-    start, length = nodes.start[bottom], nodes.length[bottom]
-    advance = np.maximum(start + length - 1 - forest.furthest[packs.chain], 0)
+    # Rows that end in a node see a part of it, and more of it as they advance.
+    bottom = nodes.start[forest.alive] + nodes.length[forest.alive]
+    own = np.append(forest.begin, len(where))
+    ending = np.flatnonzero(own[1:] > own[:-1])
+    advance = np.zeros(len(forest.alive), np.int64)
+    most, _ = extrema(where, own[ending], own[ending + 1])
+    advance[ending] = np.maximum(bottom[ending] - 1 - most, 0)
     if ahead is not None:
         advance = np.minimum(advance, ahead)
-    last = np.maximum.reduceat(position[packs.rows], entry) if len(entry) else entry
-    seen = np.clip(last + (advance + 1 - start)[pack], 1, length[pack])
-    order = _stable_argsort(shape, len(most))
-    return _Queries(*(x[order] for x in (pack, entry, rows, shape, seen)))
+    node = forest.alive[owner]
+    seen = np.clip(furthest + advance[owner] + 1 - nodes.start[node], 1, nodes.length[node])
+    return _Runs(tile, node, begin - first, end - first, furthest, hindmost, seen)
+
+
+def extrema(values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, ...]:
+    """The largest and the smallest of each values[begin:end]; none of them is empty."""
+    bounds = np.stack([begin, end], 1).ravel()
+    values = np.append(values, 0)  # an end may lie behind the last
+    return tuple(f.reduceat(values, bounds)[::2] for f in (np.maximum, np.minimum))
 
 
 def _tables(
     nodes: Nodes,
-    packs: _Packs,
-    queries: _Queries,
+    rows: np.ndarray,
+    tiles: _Tiles,
+    runs: _Runs,
     position: np.ndarray,
     page_size: int,
     heads: Heads,
     machine: Machine,
 ) -> Tables:
-    # The nodes of the query tiles' runs, and the steps in each.
-    counts = (packs.member[1:] - packs.member[:-1])[queries.pack]
-    tile, index = _expand(counts)
-    member = packs.members[packs.member[queries.pack][tile] + index]
-    length = nodes.length[member]
-    bottom = np.cumsum(counts) - 1
-    seen = length.copy()
-    seen[bottom] = queries.seen
     sizes = np.array([shape.tokens or page_size for shape in machine.shapes])
-    tokens = sizes[queries.shape][tile]
-    counts = -(-seen // tokens)
-    upto = _offsets(counts)
-    tile_ptr = np.append(0, upto[bottom + 1])
-    lengths = tile_ptr[1:] - tile_ptr[:-1]
+    size = machine.chunk(page_size)
+    step = (sizes // size)[tiles.shape]  # chunks of it
 
-    chunks = max(int(sizes.max()) // page_size, 1)
-    steps = np.empty((upto[-1], _STEP + chunks), np.int32)
-    start, begin, size, length, first = (
-        np.repeat(x.astype(np.int32), counts)
-        for x in (nodes.start[member], upto[:-1] * tokens, tokens, length, nodes.page_ptr[member])
-    )
-    begin = np.arange(len(steps), dtype=np.int32) * size - begin
-    where = start + begin
-    steps[:, 0] = where
-    steps[:, 1] = np.minimum(size, length - begin)
+    # Each tile's chunks, filled up to whole steps.
+    counts = -(-runs.seen // size)
+    last = np.append(_starts(runs.tile), len(runs.tile))[1:] - 1
+    full = np.diff(np.append(0, np.cumsum(counts)[last]))
+    lengths = -(-full // step)
+    counts[last] += lengths * step - full
+    tile_ptr = _offsets(lengths * step)
+    run, token = _expand(counts)
+    token *= size
+    node = runs.node[run]
+    length, first = nodes.length[node], nodes.start[node] + token
+    chunks = np.empty((len(run), COLUMNS["chunks"]), np.int32)
     shift = page_size.bit_length() - 1
-    for chunk in range(chunks):
-        token = np.minimum(begin + (chunk << shift), length - 1) if chunk else begin
-        page = np.asarray(nodes.pages, np.int32)[first + (token >> shift)]
-        steps[:, _STEP + chunk] = (page << shift) + (token & (page_size - 1))
+    inside = np.minimum(token, (length - 1) // size * size)
+    page = np.asarray(nodes.pages, np.int32)[nodes.page_ptr[node] + (inside >> shift)]
+    chunks[:, 0] = (page << shift) + (inside & (page_size - 1))
+    chunks[:, 1] = np.clip(length - token, 0, size)
+    chunks[:, 2] = first
+    chunks[:, 3] = runs.furthest[run] + 1 - first
+    chunks[:, 4] = runs.hindmost[run] + 1 - first
 
     # Lanes are cut from the steps of a shape, blocks from the query tiles where lanes end.
-    bounds = np.searchsorted(queries.shape, np.arange(len(machine.shapes) + 1))
-    cut = np.zeros(len(steps) + 1, bool)
-    for shape, n, a, b in zip(machine.shapes, sizes.tolist(), bounds, bounds[1:], strict=False):
+    bounds = np.searchsorted(tiles.shape, np.arange(len(machine.shapes) + 1))
+    cut = np.zeros(len(chunks) + 1, bool)
+    for i, (shape, a, b) in enumerate(zip(machine.shapes, bounds, bounds[1:], strict=False)):
         if a < b:
             programs = max(shape.programs // heads.kv, 1)
-            cut[tile_ptr[a] + _cuts(lengths[a:b], programs, shape.least // n)] = True
-    lanes = np.flatnonzero(cut[:-1])
+            cuts = _cuts(lengths[a:b], programs, shape.least // int(sizes[i]))
+            cut[tile_ptr[a] + cuts * (sizes[i] // size)] = True
+    cut[-1] = True
+    lanes = np.flatnonzero(cut)
     cut[tile_ptr] = True
     begin = np.flatnonzero(cut[:-1])
-    end = np.append(begin[1:], len(steps))[: len(begin)]
+    end = np.append(begin[1:], len(chunks))[: len(begin)]
     tile = np.searchsorted(tile_ptr, begin, side="right") - 1
-    counts = queries.rows[tile]
-    blocks = np.empty((len(begin), 4), np.int32)
-    blocks[:, 1] = np.cumsum(counts)
-    blocks[:, 0] = blocks[:, 1] - counts
-    blocks[:, 2] = begin
-    blocks[:, 3] = end
-    owner, index = _expand(counts)
-    rows = packs.rows[queries.entry[tile][owner] + index]
-    slots = partials = np.zeros(0, np.int64)
-    if len(rows):
-        # A block is final if it is its rows' only one.
-        single = np.bincount(rows)[rows] == 1
-        partial = ~np.logical_and.reduceat(single, blocks[:, 0])
-        split = np.repeat(partial, counts)
-        slots = _stable_argsort(rows[split], len(position))
-        partials = rows[split]
-        lengths = end - begin
-        for column, x in (
-            (2, np.maximum.reduceat(position[rows], blocks[:, 0]) + 1),
-            (3, np.minimum.reduceat(position[rows], blocks[:, 0]) + 1),
-            (4, blocks[:, 0]),
-            (5, np.where(partial, np.cumsum(partial * counts) - counts, -1)),
-            (6, counts * 2),
-        ):
-            x = np.repeat(x.astype(np.int32), lengths)
-            steps[:, column] = x - where if column < 4 else x
-        steps[begin, 6] += 1
+    blocks = np.empty((len(begin), COLUMNS["blocks"]), np.int32)
+    blocks[:, 2], blocks[:, 3] = begin, end
+    slots = owners = np.zeros(0, np.int64)
+    if len(blocks):
+        # Of a tile, a block has the rows that its chunks are for.
+        least = np.minimum.reduceat(runs.begin[run], begin)
+        counts = np.maximum.reduceat(runs.end[run], begin) - least
+        blocks[:, 0] = tiles.begin[tile] + least
+        blocks[:, 1] = blocks[:, 0] + counts
+        # It is final if it is its rows' only one.
+        entry, index = _expand(counts)
+        entry = blocks[entry, 0] + index
+        single = np.bincount(entry, minlength=len(rows))[entry] == 1
+        partial = ~np.logical_and.reduceat(single, _offsets(counts)[:-1])
+        owners = rows[entry[np.repeat(partial, counts)]]
+        slots = _stable_argsort(owners, len(position))
+        block = np.repeat(np.arange(len(blocks)), end - begin)
+        seeing = runs.begin[run] - least[block], runs.end[run] - least[block]
+        chunks[:, 5] = seeing[0] + (seeing[1] << 16)
+        chunks[:, 6] = blocks[block, 0]
+        chunks[:, 7] = np.where(partial, np.cumsum(partial * counts) - counts, -1)[block]
+        seen = (chunks[:, 1] == size) & (chunks[:, 3] >= size)
+        whole = seen & (chunks[:, 4] >= size) & (chunks[:, 5] == (counts << 16)[block])
+        step = np.repeat(step, lengths)
+        first = np.cumsum(step) - step
+        chunks[:, 8] = counts[block] * 8
+        for flag, holds in ((2, whole), (4, seen)):
+            chunks[:, 8] += np.repeat(np.logical_and.reduceat(holds, first) * flag, step)
+        chunks[begin, 8] += 1
 
-    shapes = np.empty((len(machine.shapes), 6), np.int32)
+    shapes = np.empty((len(machine.shapes), COLUMNS["shapes"]), np.int32)
     shapes[:, 0] = [shape.rows for shape in machine.shapes]
     shapes[:, 1] = sizes
     bounds = tile_ptr[bounds]
@@ -591,12 +630,12 @@ def _tables(
         shapes[:, column], shapes[:, column + 1] = at[:-1], at[1:]
     return Tables(
         shapes,
-        np.append(lanes, len(steps)).astype(np.int32),
-        steps,
+        np.stack([lanes, np.searchsorted(blocks[:, 2], lanes)], 1).astype(np.int32),
+        chunks,
         blocks,
         rows.astype(np.int32),
         slots.astype(np.int32),
-        _offsets(np.bincount(partials, minlength=len(position))).astype(np.int32),
+        _offsets(np.bincount(owners, minlength=len(position))).astype(np.int32),
         position.astype(np.int32),
         page_size,
     )
@@ -652,13 +691,8 @@ def _check(
         )
 
 
-def _query_tile(heads: Heads, machine: Machine) -> int:
-    """Query tokens in the largest query tile."""
-    return max(machine.shapes[-1].rows // heads.group, 1)
-
-
-def _aligned(size: int) -> int:
-    """Elements that a table takes: whole sectors of 32 bytes, for a step to lie in one."""
+def aligned(size: int) -> int:
+    """Elements that a table takes: whole sectors of 32 bytes."""
     return -(-size // 8) * 8
 
 
@@ -680,19 +714,6 @@ def _starts(values: np.ndarray) -> np.ndarray:
     begins = np.ones(len(values), bool)
     np.not_equal(values[1:], values[:-1], out=begins[1:])
     return np.flatnonzero(begins)
-
-
-def _climb(at: np.ndarray, above: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All that lies on the way up from each of `at`, itself included; and which of `at` it was."""
-    item = np.arange(len(at))
-    met, items = [at], [item]
-    while len(at):
-        at = above[at]
-        on = np.flatnonzero(at >= 0)
-        at, item = at[on], item[on]
-        met.append(at)
-        items.append(item)
-    return np.concatenate(met), np.concatenate(items)
 
 
 def _stable_argsort(keys: np.ndarray, below: int) -> np.ndarray:

@@ -13,9 +13,11 @@ triton = pytest.importorskip("triton")
 
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
+from pat_hf.kernels import hopper  # noqa: E402
 from pat_hf.kernels.forward import forward_kernel, tiles  # noqa: E402
-from pat_hf.kernels.plan import Machine  # noqa: E402
+from pat_hf.kernels.plan import COLUMNS, Heads, Machine  # noqa: E402
 
 CHECK = Path(__file__).parent / "gpu" / "check.py"
 SHARED = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes a multiprocessor, by capability
@@ -34,9 +36,11 @@ def test_interpreted_kernels_equal_the_reference():
 
 
 def test_plans_are_made_for_the_programs_that_run():
-    programs = [shape.programs for shape in Machine.gpu(132).shapes]
-    assert programs == [132 * tile.per_sm for tile in tiles(2, 128, 9, 1)]
-    assert programs == [132 * tile.per_sm for tile in tiles(2, 128, 9, 10_000)]
+    heads = _heads("fp16", 128)
+    programs = [shape.programs for shape in Machine.gpu(132, heads, 8).shapes]
+    assert programs == [132 * tile.per_sm for tile in tiles(heads, 8, 1)]
+    # Hopper's kernel has a program a multiprocessor.
+    assert {shape.programs for shape in Machine.gpu(132, heads, 9).shapes} == {132}
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -56,19 +60,50 @@ def test_shapes_fit_registers_and_shared_memory(capability, dtype, dim, page, fe
         assert _stack_bytes(kernel.asm["cubin"]) <= STACK[features], tile
 
 
+@pytest.mark.parametrize("dims, features", [((128, 128), False), ((64, 96), True)])
+def test_hoppers_kernel_fits_registers_and_shared_memory(dims, features):
+    layout, constants = hopper.TILE, {"H": 8, "G": 4, "K": dims[0], "V": dims[1], "P": 32}
+    constants |= {"KP": 8 * 32, "KH": 32, "VP": 8 * 32, "VH": 32, "LANES": 16, "BN": 64}
+    constants |= {"COLUMNS": COLUMNS["chunks"], "STAGES": hopper.STAGES}
+    constants |= {"REGISTERS": hopper.REGISTERS[1]}
+    constants |= {"USE_SOFTCAP": features, "USE_SINKS": features}
+    kinds = {"plan": "*i32", "partial": "*fp32", "lse": "*fp32", "qk_scale": "fp32"}
+    kinds |= {"softcap": "fp32", **{name: "*fp16" for name in ("q", "out", "sinks")}}
+    kinds |= {name: f"tensordesc<fp16[32, 64],{layout!r}>" for name in ("k_desc", "v_desc")}
+    kernel = hopper.hopper_kernel
+    signature = {
+        name: "constexpr" if name in constants else kinds.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(kernel.arg_names)
+        if kinds.get(name, "").startswith("*") or name in ("W", "sq_r", "sq_h")
+    }
+    source = GluonASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    options = {"num_warps": 4, "maxnreg": hopper.REGISTERS[0]}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert compiled.metadata.shared <= SHARED[90]
+    assert _stack_bytes(compiled.asm["cubin"]) <= STACK[features]
+
+
 @pytest.mark.parametrize("dtype, dim", [("fp16", 128), ("fp16", 256), ("fp32", 128)])
 def test_a_gpu_of_little_shared_memory_can_launch_all(dtype, dim):
     for i, tile in _all_tiles(dtype, dim, 120):
         assert _compile(tile, i, dtype, dim, 120).metadata.shared <= SHARED[120], tile
 
 
+def _heads(dtype, dim, heads=8, group=4):
+    return Heads(heads * group, heads, dim, dim, 4 if dtype == "fp32" else 2)
+
+
 def _all_tiles(dtype, dim, capability):
-    itemsize = 4 if dtype == "fp32" else 2
-    few, many = (tiles(itemsize, dim, capability // 10, rows) for rows in (1, 10_000))
+    few, many = (tiles(_heads(dtype, dim), capability // 10, rows) for rows in (1, 10_000))
     return {*enumerate(few), *enumerate(many)}
 
 
 def _compile(tile, i, dtype, dim, capability, page=32, features=False, heads=8, group=4):
+    machine = Machine.gpu(1, _heads(dtype, dim, heads, group), capability // 10)
     strides = {
         name: stride
         for side in ("sk", "sv")
@@ -76,8 +111,8 @@ def _compile(tile, i, dtype, dim, capability, page=32, features=False, heads=8, 
     }
     constants = {
         **{"H": heads, "G": group, "K": dim, "V": dim, "P": page, **strides},
-        **{"sk_t": dim, "sv_t": dim, "SHAPE": i, "STEP": 7 + 128 // page},
-        **{"ROWS": Machine.gpu(1).shapes[i].rows, "N": Machine.gpu(1).shapes[i].tokens},
+        **{"sk_t": dim, "sv_t": dim, "SHAPE": i, "ROWS": machine.shapes[i].rows},
+        **{"LANES": 24, "COLUMNS": COLUMNS["chunks"], "CHUNK": machine.chunk(page)},
         **{"BM": tile.m, "BN": tile.n, "BK": dim, "BV": dim, "STREAM_Q": tile.stream_q},
         **{"USE_WINDOW": features, "USE_SOFTCAP": features, "USE_SINKS": features},
         **{"IS_FLOAT32": dtype == "fp32", "USE_PDL": capability >= 90},

@@ -1,7 +1,5 @@
 """The plan: every row attends to every token of its path once, at the least traffic."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -16,9 +14,10 @@ from .trees import Case, cases, nodes_of, path_tokens, room
 HEADS = Heads(query=8, kv=2, key_dim=128, value_dim=128, itemsize=2)
 MACHINES = [
     Machine.cpu(),
-    Machine.gpu(132),
-    Machine((Shape(1, 64, 1 << 30, 64), Shape(16, 32, 1 << 30, 64))),
-    Machine((Shape(16, 0, 8, 16), Shape(64, 16, 8, 16))),
+    Machine.gpu(132, HEADS),
+    Machine.gpu(132, HEADS, 8),
+    Machine((Shape(1, 64, 1 << 30, 64, 1, 16), Shape(16, 32, 1 << 30, 64, 2, 16))),
+    Machine((Shape(16, 0, 8, 16, 1, 16), Shape(64, 16, 8, 16, 1, 0))),
 ]
 
 
@@ -35,7 +34,7 @@ def reads(plan):
     return sorted(
         (
             sorted(tables.rows[a:b].tolist()),
-            int(tables.steps[c:d, 1].sum()),
+            int(tables.chunks[c:d, 1].sum()),
         )
         for a, b, c, d in tables.blocks.tolist()
     )
@@ -44,25 +43,28 @@ def reads(plan):
 def assert_covers(tables, case: Case, position):
     """Each visible (row, token) pair is in one block, and no block reads anything else."""
     pairs = []
-    for n, begin, end in tables.shapes[:, 1:4].tolist():
-        chunk = min(n, case.page_size)
-        for block in range(begin, end):
-            first_row, last_row, first, last = tables.blocks[block]
-            rows = tables.rows[first_row:last_row].astype(np.int64)
-            start, count = tables.steps[first:last, :2].T[..., None].astype(np.int64)
-            inside = np.arange(n)
-            real = inside < count
-            token = tables.steps[first:last, 7 + inside // chunk] + inside % chunk
-            token, where = token[real].astype(np.int64), (start + inside)[real]
-            seen = where <= position[rows][:, None]
-            pairs.append((rows[:, None] << 40 | token)[seen])
+    for first_row, last_row, first, last in tables.blocks.tolist():
+        rows = tables.rows[first_row:last_row].astype(np.int64)
+        place, count, start = tables.chunks[first:last, :3].T[..., None].astype(np.int64)
+        inside = np.arange(case.page_size)
+        chunk = np.nonzero(inside < count)[0]
+        token, where = (x[inside < count] for x in (place + inside, start + inside))
+        index = np.arange(len(rows))[:, None]
+        for_rows = tables.chunks[first:last, 5][chunk]
+        seen = (index >= for_rows & 0xFFFF) & (index < for_rows >> 16)
+        seen &= where <= position[rows][:, None]
+        pairs.append((rows[:, None] << 40 | token)[seen])
     expected = [row << 40 | path_tokens(case, row, position[row]) for row in range(len(case.node))]
     got, expected = np.concatenate([*pairs, []]), np.concatenate([*expected, []])
     assert np.array_equal(np.sort(got), np.sort(expected))
 
 
 def assert_consistent(tables, heads, machine, page_size):
-    shapes, blocks, lanes, steps = tables.shapes, tables.blocks, tables.lanes, tables.steps
+    shapes, blocks, chunks = tables.shapes, tables.blocks, tables.chunks
+    lanes = tables.lanes[:, 0]
+    assert (blocks[tables.lanes[:-1, 1], 2] == lanes[:-1]).all()
+    assert tables.lanes[-1].tolist() == [len(chunks), len(blocks)]
+    size = machine.chunk(page_size)
     assert shapes[:, 0].tolist() == [shape.rows for shape in machine.shapes]
     for first in (2, 4):
         assert shapes[:, first].tolist() == [0, *shapes[:-1, first + 1]]
@@ -70,33 +72,46 @@ def assert_consistent(tables, heads, machine, page_size):
     # Blocks are whole in a lane, lanes in a shape.
     assert blocks[:, 2].tolist() == [0, *blocks[:-1, 3]][: len(blocks)]
     assert (blocks[:, 2] < blocks[:, 3]).all() and (np.diff(lanes) > 0).all()
-    assert lanes[0] == 0 and lanes[-1] == len(steps) and np.isin(lanes[:-1], blocks[:, 2]).all()
+    assert lanes[0] == 0 and lanes[-1] == len(chunks) and np.isin(lanes[:-1], blocks[:, 2]).all()
+    # A chunk lies in a page.
+    assert (chunks[:, 0] % size == 0).all()
     for i, (m, n, begin, end, lane, last_lane) in enumerate(shapes.tolist()):
         assert n == machine.shapes[i].tokens or n == page_size and not machine.shapes[i].tokens
         assert last_lane - lane <= max(machine.shapes[i].programs // heads.kv, 1)
         if begin < end:
             assert lanes[lane] == blocks[begin, 2] and lanes[last_lane] == blocks[end - 1, 3]
         rows = (blocks[begin:end, 1] - blocks[begin:end, 0]) * heads.group
-        assert (rows > (shapes[i - 1, 0] if i else 0)).all()
         assert (rows <= m).all() or i == len(shapes) - 1 and (rows <= max(m, heads.group)).all()
         for row, end_row, first, last in blocks[begin:end].tolist():
-            tiles, position = steps[first:last], tables.positions[tables.rows[row:end_row]]
-            assert (tiles[:, 1] > 0).all() and (tiles[:, 1] <= n).all()
-            assert (tiles[1:, 0] == tiles[:-1, :2].sum(1)).all()
-            assert (tiles[:, 2] == position.max() + 1 - tiles[:, 0]).all()
-            assert (tiles[:, 3] == position.min() + 1 - tiles[:, 0]).all()
-            assert (tiles[:, 4] == row).all() and (tiles[:, 5] == tiles[0, 5]).all()
-            assert tiles[:, 6].tolist() == [
-                2 * (end_row - row) + (tile == first) for tile in range(first, last)
-            ]
+            run, position = chunks[first:last], tables.positions[tables.rows[row:end_row]]
+            many = n // size
+            assert (last - first) % many == 0 and run[0, 1] > 0
+            assert (run[:, 1] >= 0).all() and (run[:, 1] <= size).all()
+            low, high = run[:, 5] & 0xFFFF, run[:, 5] >> 16
+            assert low.min() == 0 and high.max() == end_row - row and (low < high).all()
+            assert (run[:, 6] == row).all() and (run[:, 7] == run[0, 7]).all()
+            assert (run[:, 8] >> 3 == end_row - row).all()
+            assert (run[:, 8] & 1).tolist() == [chunk == 0 for chunk in range(last - first)]
+            whole = (run[:, 1] == size) & (low == 0) & (high == end_row - row)
+            whole &= run[:, 4] >= size
+            whole = whole.reshape(-1, many).all(1).repeat(many)
+            assert (run[:, 8] >> 1 & 1).tolist() == whole.tolist()
+            seen = (run[:, 1] == size) & (run[:, 3] >= size)
+            seen = seen.reshape(-1, many).all(1).repeat(many)
+            assert (run[:, 8] >> 2 & 1).tolist() == seen.tolist()
+            for chunk, a, b in zip(run, low, high, strict=True):
+                assert chunk[3] == position[a:b].max() + 1 - chunk[2]
+                assert chunk[4] == position[a:b].min() + 1 - chunk[2]
     # A result is a row's only one, or one of its partials.
     owner = np.full(len(tables.slots), -1)
     for row, (begin, end) in enumerate(zip(tables.merge_ptr, tables.merge_ptr[1:], strict=False)):
         owner[tables.slots[begin:end]] = row
-    counts = np.bincount(tables.rows, minlength=len(tables.positions))
+    counts = np.zeros(len(tables.positions), int)
+    for row, end_row in blocks[:, :2].tolist():
+        counts[tables.rows[row:end_row]] += 1
     partials = []
     for row, end_row, first, _ in blocks.tolist():
-        slot, rows = steps[first, 5], tables.rows[row:end_row]
+        slot, rows = chunks[first, 7], tables.rows[row:end_row]
         assert slot >= 0 or (counts[rows] == 1).all()
         if slot >= 0:
             assert owner[slot : slot + len(rows)].tolist() == rows.tolist()
@@ -124,98 +139,88 @@ def test_positions_advance_within_their_nodes(case, machine, steps):
     assert_covers(make_plan(*case[:5], machine, ahead=steps).tables, case, position)
 
 
-def test_split_if_reading_again_costs_more_than_a_partial():
-    # Ten leaves: merged 10 * 512 * 9 bytes; split 512 * 9 and ten partials, 4128 bytes each.
-    leaves = range(1, 11)
-    for tokens, merged in ((8, True), (9, False)):
-        nodes = nodes_of([0] + [1] * 10, [tokens] + [40] * 10)
-        expected = [([i], 40 + tokens * merged) for i in range(10)]
-        expected += [] if merged else [(list(range(10)), tokens)]
-        assert reads(plan_of(nodes, leaves)) == sorted(expected)
+def machine_of(*costs, rows=(16, 64), partial=1):
+    """Shapes of so many rows; a token costs `costs`, a block nothing beside its tokens."""
+    shapes = (Shape(m, 16, 1 << 30, 1 << 20, cost, 0) for m, cost in zip(rows, costs, strict=True))
+    return Machine(tuple(shapes), partial)
 
 
-def test_a_parent_whose_children_all_merge_is_not_read():
-    # Nine leaves: each alone would split (4608 > 4128), but all merged save the parent's read.
-    nodes = nodes_of([0] + [1] * 9, [9] + [40] * 9)
-    assert reads(plan_of(nodes, range(1, 10))) == [([i], 49) for i in range(9)]
-    # A request that ends at the parent keeps it.
-    kept = [([i], 40) for i in range(9)] + [(list(range(10)), 9)]
-    assert reads(plan_of(nodes, [*range(1, 10), 0])) == sorted(kept)
+def test_siblings_are_read_together_if_partials_cost_more():
+    # Four leaves in a tile of 16 rows, the root read once; or cut off, 4 x 4128 / 512 tokens.
+    machine = machine_of(1, 9)
+    nodes = nodes_of([0] + [1] * 4, [64] + [32] * 4)
+    assert reads(plan_of(nodes, range(1, 5), machine=machine)) == [([0, 1, 2, 3], 64 + 4 * 32)]
+
+
+def test_a_run_that_many_share_is_a_pack_of_its_own():
+    # With the root in each of four tiles of 16 rows, 4 x 300 + 16 x 64 tokens; in a tile of 64,
+    # at 1.5 a token, 1986; cut off, 450 + 16 x 64 and 16 partials, 129 tokens' worth.
+    nodes = nodes_of([0] + [1] * 16, [300] + [64] * 16)
+    plan = plan_of(nodes, range(1, 17), machine=machine_of(1, 1.5))
+    assert reads(plan) == sorted([(list(range(16)), 300)] + [([i], 64) for i in range(16)])
+    assert plan.partials == 32
+    # Dear partials: all of it in the tile of 64.
+    dear = plan_of(nodes, range(1, 17), machine=machine_of(1, 1.5, partial=9))
+    assert reads(dear) == [(list(range(16)), 300 + 16 * 64)] and dear.partials == 0
+
+
+def test_costs_count_bytes():
+    nodes = nodes_of([0] + [1] * 16, [300] + [64] * 16)
+    for heads, packs in (
+        (Heads(8, 2, 128, 128, 2), 17),
+        (Heads(8, 2, 128, 128, 1), 17),  # twice the tokens: 1732 < 1986
+        (Heads(2, 2, 128, 128, 2), 1),  # all 16 queries in one tile
+    ):
+        plan = plan_of(nodes, range(1, 17), heads=heads, machine=machine_of(1, 1.5))
+        assert len(plan.tables.blocks) == packs
 
 
 def test_children_decide_one_by_one():
-    # 64 queries below one child pay for reading 40 tokens again; single ones do not.
-    nodes = nodes_of([0, 1] + [2] * 64 + [1, 1], [40, 100] + [500] * 64 + [60, 70])
-    plan = plan_of(nodes, range(2, 68))
-    shared = [(list(range(64)), 140), ([64, 65], 40)]
+    # The long leaves are cut off, each for itself; the short ones go with their parent.
+    nodes = nodes_of([0] + [1] * 8, [160] + [16] * 4 + [4000] * 4)
+    plan = plan_of(nodes, range(1, 9), machine=machine_of(1, 2, rows=(4, 64), partial=3))
     assert reads(plan) == sorted(
-        [([i], 500) for i in range(64)] + [([64], 60), ([65], 70)] + shared
+        [(list(range(8)), 160 + 4 * 16)] + [([i], 4000) for i in range(4, 8)]
     )
-    assert plan.kv_tokens == 140 + 40 + 64 * 500 + 60 + 70
-    assert plan.partials == 66 * 2
-
-
-def test_threshold_counts_bytes():
-    nodes = nodes_of([0] + [1] * 32, [12] + [40] * 32)
-    for heads, packs in (
-        (Heads(8, 2, 128, 128, 2), 33),  # 12 * 512 > 4128
-        (Heads(8, 2, 128, 128, 1), 32),  # 12 * 256 < 4128
-        (Heads(16, 2, 128, 128, 2), 32),  # 12 * 512 < 8256
-        (Heads(8, 2, 128, 64, 2), 33),  # 12 * 384 > 2080
-    ):
-        assert len(plan_of(nodes, range(1, 33), heads=heads).tables.blocks) == packs
-    dear = replace(MACHINES[0], partial=3)
-    assert len(plan_of(nodes, range(1, 33), machine=dear).tables.blocks) == 32  # 6144 < 3 * 4128
-
-
-def test_children_that_fill_query_tiles_merge():
-    # Tiles of 16: the 128 queries of one child fill 8, the 100 of the other need 7 and leave 7
-    # for the prefix with the one that ends there.
-    machine = Machine((Shape(16, 16, 1 << 30, 1 << 20), Shape(64, 16, 1 << 30, 1 << 20)))
-    nodes = nodes_of([0, 1, 1], [2000, 200, 200])
-    plan = plan_of(nodes, np.repeat([0, 1, 2], [1, 128, 100]), machine=machine)
-    assert plan.kv_tokens == 8 * 2200 + 7 * 200 + 7 * 2000
-    # The one's block is not final for others, so its result is a partial, too.
-    assert plan.partials == 100 * 2 + 1
 
 
 def test_chains_are_one_run():
     nodes = nodes_of(range(500), [5] * 500)
     plan = plan_of(nodes, [499, 499])
     assert reads(plan) == [([0, 1], 2500)] and plan.partials == 0
-    assert len(plan.tables.steps) == 500
+    assert len(plan.tables.chunks) == 500
 
 
 def test_deep_trees_stay_small():
     # A row ends at each of 400 levels: 80,200 pairs of row and node, 1,283,200 of row and token.
     nodes = nodes_of(range(400), [16] * 400)
     plan = plan_of(nodes, range(400))
-    assert len(plan.tables.steps) < 80_200 / 4
+    assert len(plan.tables.chunks) < 80_200 / 4
     assert plan.kv_tokens < 1_283_200 / 4
 
 
 def test_a_long_run_is_split_evenly_among_the_lanes():
-    machine = Machine((Shape(16, 64, 2 * 20, 128),))
+    machine = Machine((Shape(16, 64, 2 * 20, 128, 1, 64),))
     for length, longest in ((100, 6), (40, 3), (20, 2), (3, 3)):
         plan = plan_of(nodes_of([0, 1, 1], [64 * length, 64, 64]), [1, 2], machine=machine)
         tables = plan.tables
-        assert len(tables.lanes) - 1 <= 20 and np.diff(tables.lanes).max() <= longest
-        assert (tables.blocks[:, 3] - tables.blocks[:, 2]).sum() == length + 2
-        assert plan.partials == len(tables.rows)
+        steps = np.diff(tables.lanes[:, 0]) // 4
+        assert len(steps) <= 20 and steps.max() <= longest
+        assert steps.sum() == length + 2
 
 
 def test_lanes_of_short_blocks_are_even():
-    machine = Machine((Shape(16, 64, 2 * 20, 128),))
+    machine = Machine((Shape(4, 64, 2 * 20, 128, 1, 64),))
     for leaves in (7, 20, 190):
         nodes = nodes_of([0] * leaves, [40] * leaves)
         tables = plan_of(nodes, range(leaves), machine=machine).tables
-        steps = np.diff(tables.lanes)
+        steps = np.diff(tables.lanes[:, 0]) // 4
         assert len(steps) == min(leaves, 20) and steps.max() - steps.min() <= 1
 
 
 def test_prefill_reads_no_further_than_its_rows():
     nodes = nodes_of([0, 1], [1024, 4096])
-    machine = Machine((Shape(128, 32, 1 << 30, 1 << 20),))
+    machine = Machine((Shape(128, 32, 1 << 30, 1 << 20, 1, 32),))
     position = np.arange(1024 + 512, 1024 + 1024)
     plan = plan_of(nodes, [1] * 512, position, machine=machine, ahead=0)
     # Tiles of 32 query tokens, each up to its own last key.
@@ -291,7 +296,7 @@ def test_a_plan_for_another_machine_is_not_sent_to_a_gpu(monkeypatch):
     nodes = nodes_of([0], [40], 16)
     heads = Heads(4, 2, 16, 16, 4)
     plan = make_plan(nodes, np.array([0]), np.array([39]), heads, 16, Machine.cpu())
-    monkeypatch.setattr(Machine, "of", staticmethod(lambda device: Machine.gpu(132)))
+    monkeypatch.setattr(Machine, "of", staticmethod(lambda *_: Machine.gpu(132, heads)))
     with pytest.raises(ValueError, match="Machine.of"):
         plan.tensor("cuda")
     assert plan.tensor("cpu").device.type == "cpu"

@@ -120,7 +120,7 @@ def draw(check: Check) -> Case:
 def run(check: Check, device: torch.device, repeat: int) -> tuple[float, float]:
     """The kernels' error and its bound: twice that of PyTorch in the same dtype, plus 1e-5."""
     case = draw(check)
-    plan = make_plan(*case[:5], Machine.gpu(check.processors)).tensor(device)
+    plan = make_plan(*case[:5], _machine(device, case.heads, check.processors)).tensor(device)
     Plan.positions(plan).add_(check.advance)
     case = case._replace(position=case.position + check.advance)
     q, k, v = pools(case, check.dtype, seed=check.seed)
@@ -147,6 +147,11 @@ def run(check: Check, device: torch.device, repeat: int) -> tuple[float, float]:
     error = (outs[0].double() - exact).abs().max().item()
     least = max(rounding, _spread(case, q, k, v, sinks, options, check.dtype))
     return error, 2 * least + 1e-5
+
+
+def _machine(device: torch.device, heads: Heads, processors: int) -> Machine:
+    major = torch.cuda.get_device_capability()[0] if device.type == "cuda" else 9
+    return Machine.gpu(processors, heads, major)
 
 
 def stored_exactly(heads: int, dims: tuple[int, int], length: int, device: torch.device) -> bool:

@@ -1,0 +1,536 @@
+"""The forward for Hopper's matrix units and its copy engine, of 16-bit K and V of dims up to 128.
+
+What `forward.py` does, for layers without windows, in one kernel for all shapes: a program fills a
+multiprocessor, and its warps have parts. Two of them copy chunks of keys and of values, by TMA, as
+soon as there is room. Two groups of four compute: each has half of a block's rows, or every other
+step of a block of up to 64, whose results are added up in shared memory. While a group's matrix
+products with the values run, its weights for the next step are computed.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+# Triton 3.6 has other names for them.
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+
+STAGES = 4  # steps whose keys, and values, are held or under way; even, for groups to share them
+# A thread's: at the start, and of those that compute. The merge's programs start in what is left.
+REGISTERS = 144, 200
+BOX = 64  # columns that are copied at once, and lie together in shared memory
+TILE = gl.NVMMASharedLayout(128, 16, 2)
+
+
+def descriptor(pages: torch.Tensor, chunk: int) -> TensorDescriptor:
+    """What the copy engine takes for pages [pages, KV heads, page size, dim].
+
+    Rows that are not there yet count, too: a pool may grow behind a captured graph.
+    """
+    dim = pages.shape[-1]
+    return TensorDescriptor(pages, [(1 << 31) - 1, dim], [dim, 1], [chunk, BOX], TILE)
+
+
+def pitches(k_pages: torch.Tensor, v_pages: torch.Tensor) -> dict[str, int]:
+    """Rows of [any, dim] from a page, and from a head, to the next."""
+    return {
+        f"{name}{step}": pages.stride(i) // pages.shape[-1]
+        for name, pages in (("K", k_pages), ("V", v_pages))
+        for i, step in enumerate("PH")
+    }
+
+
+@gluon.jit
+def _produce(
+    desc,
+    tiles,
+    ready,
+    free,
+    plan,
+    W,
+    H: gl.constexpr,
+    P: gl.constexpr,
+    PAGE: gl.constexpr,
+    HEAD: gl.constexpr,
+    LANES: gl.constexpr,
+    COLUMNS: gl.constexpr,
+):
+    """Copies keys, or values, of the program's lanes."""
+    CHUNK: gl.constexpr = desc.block_type.shape[0]
+    CHUNKS: gl.constexpr = tiles.shape[1] // CHUNK
+    STAGES: gl.constexpr = ready.shape[0]
+    PARTS: gl.constexpr = tiles.shape[0] // STAGES
+    BYTES: gl.constexpr = PARTS * tiles.shape[1] * 64 * 2
+    p_lanes = plan + 2 * W + LANES
+    p_chunks = plan + gl.load(plan + 8)
+    lanes = gl.load(plan + 7) // 2 - 1
+    n = 0
+    for i_j in range(gl.program_id(0), lanes * H, gl.num_programs(0)):
+        i_h = i_j % H
+        p_lane = p_lanes + 2 * (i_j // H)
+        begin, end = gl.load(p_lane), gl.load(p_lane + 2)
+        for i_c in range(begin, end, CHUNKS):
+            p_chunk = p_chunks + i_c * COLUMNS
+            stage = n % STAGES
+            bar = ready.index(stage)
+            mbarrier.wait(free.index(stage), (n // STAGES & 1) ^ 1)
+            mbarrier.expect(bar, BYTES)
+            for c in gl.static_range(CHUNKS):
+                where = gl.load(p_chunk + c * COLUMNS)
+                row = where // P * PAGE + i_h * HEAD + where % P
+                for part in gl.static_range(PARTS):
+                    to = tiles.index(stage * PARTS + part).slice(c * CHUNK, CHUNK)
+                    async_load(desc, [row, part * 64], bar, to)
+            n += 1
+
+
+@gluon.jit
+def _load_queries(
+    q,
+    q_tile,
+    p_rows,
+    count,
+    first,
+    i_h,
+    sq_r,
+    sq_h,
+    G: gl.constexpr,
+    K: gl.constexpr,
+):
+    """A block's queries, from row `first` of `count` on."""
+    BM: gl.constexpr = q_tile.shape[1]
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    o_r = first + gl.arange(0, BM, layout=gl.SliceLayout(1, LAYOUT))
+    o_k = gl.arange(0, 64, layout=gl.SliceLayout(0, LAYOUT))
+    m_r = o_r < count
+    i_r = gl.load(p_rows + o_r // G, mask=m_r, other=0)
+    p_q = q + (i_r.to(gl.int64) * sq_r + (i_h * G + o_r % G).to(gl.int64) * sq_h)
+    PARTS: gl.constexpr = q_tile.shape[0]
+    for part in gl.static_range(PARTS):
+        m_q = m_r[:, None] & (part * 64 + o_k < K)[None, :]
+        b_q = gl.load(p_q[:, None] + (part * 64 + o_k)[None, :], mask=m_q, other=0.0)
+        q_tile.index(part).store(b_q)
+    fence_async_shared()
+
+
+@gluon.jit
+def _scores(q_tile, k_tiles, stage, PARTS: gl.constexpr, S: gl.constexpr):
+    """Starts Q K^T, [64, BN]."""
+    zeros = gl.full([64, k_tiles.shape[1]], 0.0, gl.float32, S)
+    keys = k_tiles.index(stage * PARTS).permute((1, 0))
+    acc = warpgroup_mma(q_tile.index(0), keys, zeros, use_acc=False, is_async=True)
+    for part in gl.static_range(1, PARTS):
+        keys = k_tiles.index(stage * PARTS + part).permute((1, 0))
+        acc = warpgroup_mma(q_tile.index(part), keys, acc, is_async=True)
+    return acc
+
+
+@gluon.jit
+def _release(bar, wide):
+    """A stage is free once both groups are through with it, or the one whose step it is."""
+    barrier()
+    mbarrier.arrive(bar, count=1)
+    mbarrier.arrive(bar, count=1, pred=wide == 0)
+
+
+@gluon.jit
+def _weights(
+    b_s,
+    b_max,
+    b_sum,
+    p_chunk,
+    flags,
+    o_q,
+    o_p,
+    o_n,
+    qk_scale,
+    softcap,
+    CHUNK: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    USE_SOFTCAP: gl.constexpr,
+):
+    """The softmax's next step: the weights [64, BN], the rows' new maximum, base 2, and sum, and by
+    what the results so far are to be multiplied. The rows are of queries o_q, at positions o_p."""
+    c_scale = 1.0 if USE_SOFTCAP else qk_scale
+    if USE_SOFTCAP:
+        b_s = b_s * qk_scale
+        b_s = (1.0 - 2.0 / (1.0 + gl.exp2(b_s * (2.8853900817779268 / softcap)))) * (
+            softcap * 1.4426950408889634
+        )
+    if flags & 2 == 0:
+        p_n = p_chunk + o_n // CHUNK * COLUMNS
+        o_t = o_n % CHUNK
+        o_k = gl.where(o_t < gl.load(p_n + 1), gl.load(p_n + 2) + o_t, 1 << 30)
+        rows = gl.load(p_n + 5)
+        m_s = o_k[None, :] <= o_p[:, None]
+        m_s = m_s & (o_q[:, None] >= (rows & 65535)[None, :])
+        m_s = m_s & (o_q[:, None] < (rows >> 16)[None, :])
+        b_s = gl.where(m_s, b_s, float("-inf"))
+    b_new = gl.maximum(b_max, gl.max(b_s, 1) * c_scale)
+    b_ref = gl.where(b_new == float("-inf"), 0.0, b_new)
+    b_p = gl.exp2(b_s * c_scale - b_ref[:, None])
+    b_old = gl.exp2(b_max - b_ref)
+    return b_p, b_new, b_sum * b_old + gl.sum(b_p, 1), b_old
+
+
+@gluon.jit
+def _clear_unread(
+    v_tiles,
+    stage,
+    p_chunk,
+    advance,
+    PARTS: gl.constexpr,
+    CHUNK: gl.constexpr,
+    COLUMNS: gl.constexpr,
+):
+    """Values that no row sees may be anything, and 0 * NaN is NaN."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    o_n = gl.arange(0, v_tiles.shape[1], layout=gl.SliceLayout(1, LAYOUT))
+    p_n = p_chunk + o_n // CHUNK * COLUMNS
+    seen = gl.minimum(gl.load(p_n + 3) + advance, gl.load(p_n + 1))
+    for part in gl.static_range(PARTS):
+        tile = v_tiles.index(stage * PARTS + part)
+        b_v = tile.load(LAYOUT)
+        tile.store(gl.where((o_n % CHUNK < seen)[:, None], b_v, 0.0))
+    fence_async_shared()
+
+
+@gluon.jit
+def _store(p, o_p, m_r, b_x, first: gl.constexpr, V: gl.constexpr, KEEP: gl.constexpr):
+    """Stores b_x [BM, 64] as columns `first`.. of rows o_p of [.., V]."""
+    o_v = first + gl.arange(0, 64, layout=gl.SliceLayout(0, b_x.type.layout))
+    POLICY: gl.constexpr = "evict_last" if KEEP else ""
+    gl.store(
+        p + o_p[:, None] * V + o_v[None, :],
+        b_x,
+        mask=m_r[:, None] & (o_v < V)[None, :],
+        eviction_policy=POLICY,
+    )
+
+
+@gluon.jit
+def _consume(
+    GROUP: gl.constexpr,
+    q,
+    plan,
+    out,
+    partial,
+    lse,
+    sinks,
+    qk_scale,
+    softcap,
+    W,
+    sq_r,
+    sq_h,
+    q_tile,
+    k_tiles,
+    v_tiles,
+    k_ready,
+    k_free,
+    v_ready,
+    v_free,
+    other_out,
+    other_sums,
+    sent,
+    taken,
+    H: gl.constexpr,
+    G: gl.constexpr,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    CHUNK: gl.constexpr,
+    LANES: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    USE_SOFTCAP: gl.constexpr,
+    USE_SINKS: gl.constexpr,
+):
+    """One of the two groups that compute."""
+    DTYPE: gl.constexpr = q.dtype.element_ty
+    BN: gl.constexpr = k_tiles.shape[1]
+    STAGES: gl.constexpr = k_ready.shape[0]
+    K_PARTS: gl.constexpr = k_tiles.shape[0] // STAGES
+    V_PARTS: gl.constexpr = v_tiles.shape[0] // STAGES
+    CHUNKS: gl.constexpr = BN // CHUNK
+    STEP: gl.constexpr = CHUNKS * COLUMNS
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    S_ROWS: gl.constexpr = gl.SliceLayout(1, S)
+    O_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    o_m = gl.arange(0, 64, layout=S_ROWS)
+    o_n = gl.arange(0, BN, layout=gl.SliceLayout(0, S))
+    o_f = gl.arange(0, 64, layout=O_ROWS)
+
+    p_lanes = plan + 2 * W + LANES
+    p_chunks = plan + gl.load(plan + 8)
+    p_blocks = plan + gl.load(plan + 10)
+    p_all_rows = plan + gl.load(plan + 12)
+    advance = gl.load(plan + W) - gl.load(plan + 3)
+    lanes = gl.load(plan + 7) // 2 - 1
+    n = 0  # steps of this program so far
+    split = 0  # blocks of which the groups had different steps
+    for i_j in range(gl.program_id(0), lanes * H, gl.num_programs(0)):
+        i_h = i_j % H
+        p_lane = p_lanes + 2 * (i_j // H)
+        first_block, last_block = gl.load(p_lane + 1), gl.load(p_lane + 3)
+        p_block = p_blocks + first_block * 4
+        next_row, next_end = gl.load(p_block), gl.load(p_block + 1)
+        next_begin, next_stop = gl.load(p_block + 2), gl.load(p_block + 3)
+        for i_b in range(first_block, last_block):
+            row, begin = next_row, next_begin
+            count = (next_end - row) * G
+            steps = (next_stop - begin) // CHUNKS
+            # Of the last block of all it is another table that is read, to no end.
+            p_block = p_blocks + (i_b + 1) * 4
+            next_row, next_end = gl.load(p_block), gl.load(p_block + 1)
+            next_begin, next_stop = gl.load(p_block + 2), gl.load(p_block + 3)
+            wide = (count > 64).to(gl.int32)
+            first = wide * (64 * GROUP)
+            mine = (1 - wide) * GROUP  # the first of this group's steps, and from one to the next
+            stride = 2 - wide
+            p_rows = p_all_rows + row
+            o_q = (first + o_m) // G
+            b_max = gl.full([64], float("-inf"), gl.float32, S_ROWS)
+            b_sum = gl.full([64], 0.0, gl.float32, S_ROWS)
+            b_left = gl.full([64, 64], 0.0, gl.float32, OUT)
+            b_right = gl.full([64, 64], 0.0, gl.float32, OUT)
+            if mine < steps:
+                at = n + mine
+                p_chunk = p_chunks + begin * COLUMNS + mine * STEP
+                flags = gl.load(p_chunk + 8)
+                i_q = gl.load(p_rows + o_q, mask=first + o_m < count, other=0)
+                o_p = gl.load(plan + W + i_q)
+                _load_queries(q, q_tile, p_rows, count, first, i_h, sq_r, sq_h, G, K)
+                barrier()
+                mbarrier.wait(k_ready.index(at % STAGES), at // STAGES & 1)
+                b_s = warpgroup_mma_wait(0, [_scores(q_tile, k_tiles, at % STAGES, K_PARTS, S)])
+                _release(k_free.index(at % STAGES), wide)
+                b_p, b_max, b_sum, b_old = _weights(
+                    b_s, b_max, b_sum, p_chunk, flags, o_q, o_p, o_n, qk_scale, softcap,
+                    CHUNK, COLUMNS, USE_SOFTCAP,
+                )  # fmt: skip
+                weights = gl.convert_layout(b_p.to(DTYPE), WEIGHTS)
+                for _ in range(mine + stride, steps, stride):
+                    stage = at % STAGES
+                    ahead = at + stride
+                    unread = flags & 4 == 0
+                    flags = gl.load(p_chunk + stride * STEP + 8)
+                    mbarrier.wait(v_ready.index(stage), at // STAGES & 1)
+                    if unread:
+                        _clear_unread(v_tiles, stage, p_chunk, advance, V_PARTS, CHUNK, COLUMNS)
+                        barrier()
+                    p_chunk += stride * STEP
+                    mbarrier.wait(k_ready.index(ahead % STAGES), ahead // STAGES & 1)
+                    next_s = _scores(q_tile, k_tiles, ahead % STAGES, K_PARTS, S)
+                    left = warpgroup_mma(
+                        weights, v_tiles.index(stage * V_PARTS), b_left, is_async=True
+                    )
+                    if V_PARTS > 1:
+                        right = warpgroup_mma(
+                            weights, v_tiles.index(stage * V_PARTS + 1), b_right, is_async=True
+                        )
+                    b_s = warpgroup_mma_wait(V_PARTS, [next_s])
+                    _release(k_free.index(ahead % STAGES), wide)
+                    b_p, b_max, b_sum, b_old = _weights(
+                        b_s, b_max, b_sum, p_chunk, flags, o_q, o_p, o_n, qk_scale, softcap,
+                    CHUNK, COLUMNS, USE_SOFTCAP,
+                    )  # fmt: skip
+                    o_old = gl.convert_layout(b_old, O_ROWS)[:, None]
+                    if V_PARTS > 1:
+                        b_left, b_right = warpgroup_mma_wait(0, [left, right])
+                        b_right = b_right * o_old
+                    else:
+                        b_left = warpgroup_mma_wait(0, [left])
+                    b_left = b_left * o_old
+                    _release(v_free.index(stage), wide)
+                    weights = gl.convert_layout(b_p.to(DTYPE), WEIGHTS)
+                    at = ahead
+                stage = at % STAGES
+                mbarrier.wait(v_ready.index(stage), at // STAGES & 1)
+                if flags & 4 == 0:
+                    _clear_unread(v_tiles, stage, p_chunk, advance, V_PARTS, CHUNK, COLUMNS)
+                    barrier()
+                left = warpgroup_mma(weights, v_tiles.index(stage * V_PARTS), b_left, is_async=True)
+                if V_PARTS > 1:
+                    right = warpgroup_mma(
+                        weights, v_tiles.index(stage * V_PARTS + 1), b_right, is_async=True
+                    )
+                    b_left, b_right = warpgroup_mma_wait(0, [left, right])
+                else:
+                    b_left = warpgroup_mma_wait(0, [left])
+                _release(v_free.index(stage), wide)
+            n += steps
+
+            f_max = gl.convert_layout(b_max, O_ROWS)
+            f_sum = gl.convert_layout(b_sum, O_ROWS)
+            if wide == 0:
+                # Each waits for the other: parities tell a step from the one before it only.
+                if GROUP == 1:
+                    if steps > 1:
+                        other_sums.index(0).store(f_max)
+                        other_sums.index(1).store(f_sum)
+                        other_out.index(0).store(b_left)
+                        if V_PARTS > 1:
+                            other_out.index(1).store(b_right)
+                    barrier()
+                    mbarrier.arrive(sent.index(0), count=1)
+                    mbarrier.wait(taken.index(0), split & 1)
+                else:
+                    mbarrier.wait(sent.index(0), split & 1)
+                    if steps > 1:
+                        o_max = other_sums.index(0).load(O_ROWS)
+                        f_top = gl.maximum(f_max, o_max)
+                        f_ref = gl.where(f_top == float("-inf"), 0.0, f_top)
+                        f_old, o_old = gl.exp2(f_max - f_ref), gl.exp2(o_max - f_ref)
+                        f_max = f_top
+                        f_sum = f_sum * f_old + other_sums.index(1).load(O_ROWS) * o_old
+                        b_left = b_left * f_old[:, None]
+                        b_left += other_out.index(0).load(OUT) * o_old[:, None]
+                        if V_PARTS > 1:
+                            b_right = b_right * f_old[:, None]
+                            b_right += other_out.index(1).load(OUT) * o_old[:, None]
+                    barrier()
+                    mbarrier.arrive(taken.index(0), count=1)
+                split += 1
+            if (wide > 0) | (GROUP == 0):
+                slot = gl.load(p_chunks + begin * COLUMNS + 7)
+                o_b = first + o_f
+                m_f = o_b < count
+                i_hq = i_h * G + o_b % G
+                if slot >= 0:
+                    o_p = (slot + o_b // G).to(gl.int64) * (H * G) + i_hq
+                    f_scale = (1.0 / gl.where(f_sum == 0.0, 1.0, f_sum))[:, None]
+                    gl.store(lse + o_p, f_max + gl.log2(f_sum), mask=m_f)
+                    _store(partial, o_p, m_f, b_left * f_scale, 0, V, True)
+                    if V_PARTS > 1:
+                        _store(partial, o_p, m_f, b_right * f_scale, 64, V, True)
+                else:
+                    i_r = gl.load(p_rows + o_b // G, mask=m_f, other=0)
+                    o_p = i_r.to(gl.int64) * (H * G) + i_hq
+                    if USE_SINKS:
+                        b_sink = gl.load(sinks + i_hq, mask=m_f, other=0.0).to(gl.float32)
+                        b_sink = b_sink * 1.4426950408889634
+                        f_top = gl.maximum(f_max, b_sink)
+                        f_old = gl.exp2(f_max - f_top)
+                        f_scale = f_old / (f_sum * f_old + gl.exp2(b_sink - f_top))
+                    else:
+                        f_scale = 1.0 / gl.where(f_sum == 0.0, 1.0, f_sum)
+                    f_scale = f_scale[:, None]
+                    _store(out, o_p, m_f, (b_left * f_scale).to(DTYPE), 0, V, False)
+                    if V_PARTS > 1:
+                        _store(out, o_p, m_f, (b_right * f_scale).to(DTYPE), 64, V, False)
+
+
+@gluon.jit
+def hopper_kernel(
+    q,
+    k_desc,
+    v_desc,
+    plan,
+    out,
+    partial,
+    lse,
+    sinks,
+    qk_scale,
+    softcap,
+    W,
+    sq_r,
+    sq_h,
+    H: gl.constexpr,
+    G: gl.constexpr,
+    KP: gl.constexpr,
+    KH: gl.constexpr,
+    VP: gl.constexpr,
+    VH: gl.constexpr,
+    K: gl.constexpr,
+    V: gl.constexpr,
+    P: gl.constexpr,
+    LANES: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    BN: gl.constexpr,
+    STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
+    USE_SOFTCAP: gl.constexpr,
+    USE_SINKS: gl.constexpr,
+):
+    """Lanes of all shapes; as `forward_kernel`, but for
+
+    Args:
+        k_desc, v_desc: of K and V as [any, K or V], in boxes of a chunk's rows and 64 columns.
+        KP, KH, VP, VH: rows of these from a page, or a head, to the next.
+    """
+    tl.extra.cuda.gdc_launch_dependents()
+    DTYPE: gl.constexpr = q.dtype.element_ty
+    CHUNK: gl.constexpr = k_desc.block_type.shape[0]
+    K_PARTS: gl.constexpr = (K + 63) // 64
+    V_PARTS: gl.constexpr = (V + 63) // 64
+    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    BAR: gl.constexpr = mbarrier.MBarrierLayout()
+    q_left = gl.allocate_shared_memory(DTYPE, [K_PARTS, 64, 64], LAYOUT)
+    q_right = gl.allocate_shared_memory(DTYPE, [K_PARTS, 64, 64], LAYOUT)
+    k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES * K_PARTS, BN, 64], LAYOUT)
+    v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES * V_PARTS, BN, 64], LAYOUT)
+    other_out = gl.allocate_shared_memory(
+        gl.float32, [V_PARTS, 64, 64], gl.NVMMASharedLayout(128, 32, 2)
+    )
+    other_sums = gl.allocate_shared_memory(
+        gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
+    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    sent = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
+    taken = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_ready.index(i), count=1)
+        mbarrier.init(k_free.index(i), count=2)
+        mbarrier.init(v_ready.index(i), count=1)
+        mbarrier.init(v_free.index(i), count=2)
+    mbarrier.init(sent.index(0), count=1)
+    mbarrier.init(taken.index(0), count=1)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (
+                    0, q, plan, out, partial, lse, sinks, qk_scale, softcap, W, sq_r, sq_h,
+                    q_left, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
+                    other_out, other_sums, sent, taken,
+                    H, G, K, V, CHUNK, LANES, COLUMNS, USE_SOFTCAP, USE_SINKS,
+                ),
+            ),
+            (
+                _consume,
+                (
+                    1, q, plan, out, partial, lse, sinks, qk_scale, softcap, W, sq_r, sq_h,
+                    q_right, k_tiles, v_tiles, k_ready, k_free, v_ready, v_free,
+                    other_out, other_sums, sent, taken,
+                    H, G, K, V, CHUNK, LANES, COLUMNS, USE_SOFTCAP, USE_SINKS,
+                ),
+            ),
+            (
+                _produce,
+                (k_desc, k_tiles, k_ready, k_free, plan, W, H, P, KP, KH, LANES, COLUMNS),
+            ),
+            (
+                _produce,
+                (v_desc, v_tiles, v_ready, v_free, plan, W, H, P, VP, VH, LANES, COLUMNS),
+            ),
+        ],
+        [4, 1, 1],
+        [REGISTERS, 24, 24],
+    )  # fmt: skip
+    if gl.program_id(0) == 0:
+        tl.extra.cuda.gdc_wait()
