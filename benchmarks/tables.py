@@ -120,7 +120,11 @@ def kernels(results: dict) -> str:
 def ideas(results: dict) -> str:
     """What is lost without each of PAT's ideas, and with PyTorch's dense attention."""
     rows = results["rows"]
-    lost = {idea: [row["without_us"][idea] / row["us"] for row in rows] for idea in IDEAS}
+    lost = {
+        idea: [row["without_us"][idea] / row["us"] for row in rows]
+        for idea in IDEAS
+        if idea in rows[0]["without_us"]
+    }
     lost["all of it: PyTorch's SDPA over dense K and V"] = [
         row["sdpa_us"] / row["us"] for row in rows
     ]
