@@ -196,7 +196,7 @@ class Nothing:
 def left_out(idea: str | None, processors: int, heads: Heads) -> Iterator[Machine]:
     """The machine to plan for, and kernels, with one of the ideas left out.
 
-    packing: each request reads all of its path. tiles: all blocks are of the widest shape.
+    packing: each request reads all of its path. tiles: as wide as the widest shape, where rows are.
     siblings: nodes are read together only where that saves reading. splitting: no run of KV is cut.
     merge: not run, so the output is incomplete; what is saved is what the merge costs.
     """

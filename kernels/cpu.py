@@ -197,13 +197,10 @@ def _job(
     hidden = positions > last
     if window is not None:
         hidden |= positions <= last - window
-    if ((chunk[..., 5] & 0xFFFF) > 0).any() or (
-        chunk[..., 5] >> 16 != (blocks[:, 1] - blocks[:, 0])[:, None]
-    ).any():
+    begin, end = chunk[..., 5] & 0xFFFF, chunk[..., 5] >> 16
+    if begin.any() or (end < (blocks[:, 1] - blocks[:, 0])[:, None]).any():
         query = (entry - blocks[:, :1])[..., None]
-        begin, end = (
-            np.repeat(x, size, 1)[:, None] for x in (chunk[..., 5] & 65535, chunk[..., 5] >> 16)
-        )
+        begin, end = (np.repeat(x, size, 1)[:, None] for x in (begin, end))
         hidden |= (query < begin) | (query >= end)
 
     unread = hidden.all(1)

@@ -1,10 +1,11 @@
 """A plan carried out on a GPU: blocks by shape, then the merge of what they leave.
 
-A kernel for each of the plan's shapes, as many programs as fit the machine, so the grids depend on
-shapes alone and a captured graph stays valid when the plan changes. A program's work is one loop
-over the steps of its lane, whatever blocks they are of: the keys of the next block are on their
-way while this one is computed. The kernels are one chain of programmatic dependent launches: each
-starts as soon as there is room for it, the merge waits for all.
+On Hopper, most layers have the one kernel of `hopper.py`; others have one for each of the plan's
+shapes. As many programs start as fit the machine, so the grids depend on shapes alone and a
+captured graph stays valid when the plan changes. A program's work is one loop over the steps of its
+lane, whatever blocks they are of: the keys of the next block are on their way while this one is
+computed. The kernels are one chain of programmatic dependent launches: each starts as soon as there
+is room for it, the merge waits for all.
 
 What Triton makes of the loop decides its speed. It fetches ahead, asynchronously, what a step loads
 by addresses that are known before; so addresses are read a step ahead and handed on, and all that
@@ -46,14 +47,14 @@ class Tile(NamedTuple):
     stream_q: bool = False
 
 
-def tiles(heads: Heads, major: int, rows: int) -> tuple[Tile, ...]:
-    """One for each shape of `Machine.gpu`; for GPUs of compute capability `major`.
+def tiles(heads: Heads, major: int) -> tuple[Tile, ...]:
+    """One for each shape of `Machine.gpu`, whose steps it divides; for capability `major`.
 
-    The large tiles are Hopper's: others have less shared memory, or products of another kind. Of
-    few rows, blocks are short, and a wide tile is the sooner under way the smaller it is.
+    The large tiles are Hopper's, where only layers with windows run them: others have less shared
+    memory, or products of another kind.
     """
     if is_hopper(heads, major):
-        return Tile(64, 64, 4, 2, 2), Tile(128, 128 if rows > 256 else 64, 8, 3, 1)
+        return Tile(64, 64, 4, 2, 2), Tile(128, 64, 8, 3, 1)
     if heads.itemsize == 4:
         return (Tile(16, 32, 4, 2, 2, stream_q=True),) * 3
     if max(heads.key_dim, heads.value_dim) > 128:
@@ -422,6 +423,7 @@ def forward(
     )  # fmt: skip
     choice = ()
     if q.is_cuda and is_hopper(heads, major) and window is None:
+        k_pages, v_pages = hopper.by_rows(k_pages), hopper.by_rows(v_pages)
         sources = [hopper.descriptor(x, chunk) for x in (k_pages, v_pages)]
         options |= dict(
             **hopper.pitches(k_pages, v_pages),
@@ -430,7 +432,7 @@ def forward(
         )  # fmt: skip
         launches.append((hopper.hopper_kernel, (processors,), (q, *sources, *arguments), options))
     else:
-        choice = tiles(heads, major, rows)
+        choice = tiles(heads, major)
         options |= dict(
             **{f"s{name}_{d}": x.stride(i) for name, x in (("k", k_pages), ("v", v_pages))
                for i, d in enumerate("pht")},

@@ -29,17 +29,25 @@ async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_gl
 STAGES = 4  # steps whose keys, and values, are held or under way; even, for groups to share them
 # A thread's: at the start, and of those that compute. The merge's programs start in what is left.
 REGISTERS = 144, 200
-BOX = 64  # columns that are copied at once, and lie together in shared memory
-TILE = gl.NVMMASharedLayout(128, 16, 2)
+TILE = gl.NVMMASharedLayout(128, 16, 2)  # of 64 columns, that are copied at once
+
+
+def by_rows(pages: torch.Tensor) -> torch.Tensor:
+    """Pages that the copy engine can take for rows [any, dim], evenly apart; copied if need be."""
+    dim = pages.shape[-1]
+    even = pages.stride()[2:] == (dim, 1) and not any(step % dim for step in pages.stride()[:2])
+    if even and pages.data_ptr() % 16 == 0:
+        return pages
+    return pages.clone(memory_format=torch.contiguous_format)
 
 
 def descriptor(pages: torch.Tensor, chunk: int) -> TensorDescriptor:
-    """What the copy engine takes for pages [pages, KV heads, page size, dim].
+    """What the copy engine takes for pages [pages, KV heads, page size, dim], see `by_rows`.
 
     Rows that are not there yet count, too: a pool may grow behind a captured graph.
     """
     dim = pages.shape[-1]
-    return TensorDescriptor(pages, [(1 << 31) - 1, dim], [dim, 1], [chunk, BOX], TILE)
+    return TensorDescriptor(pages, [(1 << 31) - 1, dim], [dim, 1], [chunk, 64], TILE)
 
 
 def pitches(k_pages: torch.Tensor, v_pages: torch.Tensor) -> dict[str, int]:
@@ -474,7 +482,7 @@ def hopper_kernel(
     CHUNK: gl.constexpr = k_desc.block_type.shape[0]
     K_PARTS: gl.constexpr = (K + 63) // 64
     V_PARTS: gl.constexpr = (V + 63) // 64
-    LAYOUT: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    LAYOUT: gl.constexpr = k_desc.layout
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     q_left = gl.allocate_shared_memory(DTYPE, [K_PARTS, 64, 64], LAYOUT)
     q_right = gl.allocate_shared_memory(DTYPE, [K_PARTS, 64, 64], LAYOUT)
@@ -532,5 +540,3 @@ def hopper_kernel(
         [4, 1, 1],
         [REGISTERS, 24, 24],
     )  # fmt: skip
-    if gl.program_id(0) == 0:
-        tl.extra.cuda.gdc_wait()

@@ -107,8 +107,12 @@ class Machine:
         return Machine(tuple(shapes))
 
     @staticmethod
+    @functools.cache
     def gpu(processors: int, heads: Heads, major: int = 9) -> Machine:
         """As many programs as the kernels have resident on `processors` multiprocessors.
+
+        On Hopper, layers with windows have kernels of their own, and programs without a lane.
+        Costs there are those that were fastest on an H200; elsewhere they are estimates.
 
         Args:
             processors: streaming multiprocessors.
@@ -116,7 +120,7 @@ class Machine:
             major: the GPU's compute capability.
         """
         if is_hopper(heads, major):
-            # Measured on an H200; a partial has a block to begin and end beside its bytes.
+            # A partial has a block to begin and end beside its bytes.
             shapes = (
                 Shape(64, 64, processors, 256, 1.0, 64),
                 Shape(128, 64, processors, 256, 1.3, 64),
@@ -200,7 +204,7 @@ class Tables(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What every layer of a forward does, made once.
+    """What every layer of a forward does, made once, for layers of `heads`.
 
     As a tensor it is int32 [1, 1, C, W]: row 0 is the header, row 1 the positions, the other rows
     hold the tables one after another, shapes first. W is at least the number of query rows and of

@@ -207,6 +207,8 @@ def test_a_long_run_is_split_evenly_among_the_lanes():
         steps = np.diff(tables.lanes[:, 0]) // 4
         assert len(steps) <= 20 and steps.max() <= longest
         assert steps.sum() == length + 2
+        rows = tables.blocks[:, 1] - tables.blocks[:, 0]
+        assert plan.partials == rows.sum()
 
 
 def test_lanes_of_short_blocks_are_even():
