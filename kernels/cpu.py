@@ -120,9 +120,9 @@ def _work(
         for blocks, chunks, size in _batches(tables, kv_heads, group, dims, window)
     ]
     counts = np.diff(tables.merge_ptr)
-    rows = len(counts)
-    owner, split = np.empty(len(tables.slots), np.int64), np.flatnonzero(counts)
-    owner[tables.slots] = np.repeat(np.arange(rows), counts)
+    rows, split = len(tables.positions), tables.merge_rows[counts > 0].astype(np.int64)
+    owner = np.empty(len(tables.slots), np.int64)
+    owner[tables.slots] = np.repeat(split, counts[counts > 0])
     return _Work(
         jobs,
         rows,

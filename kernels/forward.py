@@ -257,9 +257,9 @@ def forward_kernel(
         i_h = (i_j // SUB) % H
         o_r = (i_j % SUB) * BM + o_m
         i_hq = i_h * G + o_r % G
-        p_lane = p_lanes + 2 * (lane + i_j // (H * SUB))
+        p_lane = p_lanes + 4 * (lane + i_j // (H * SUB))
         begin = tl.load(p_lane)
-        steps = (tl.load(p_lane + 2) - begin) // (BN // CHUNK)
+        steps = (tl.load(p_lane + 4) - begin) // (BN // CHUNK)
         p_first = p_chunks + begin * COLUMNS
         p_k = k + i_h * sk_h
         p_v = v + i_h * sv_h
@@ -461,7 +461,7 @@ def forward(
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     grid = (rows, triton.cdiv(query_heads, many))
-    launches.append((merge_kernel, grid, (plan, partial, lse, out, sinks, width), options))
+    launches.append((merge_kernel, grid, (plan, partial, lse, out, sinks), options))
     if q.is_cuda:
         layout = (*k_pages.shape[1:], *k_pages.stride(), *v_pages.shape[1:], *v_pages.stride())
         used = (window is None, softcap is None, sinks is None, row_stride % 16, many)

@@ -28,8 +28,11 @@ async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_gl
 
 STAGES = 4  # steps whose keys, and values, are held or under way; even, for groups to share them
 # A thread's: at the start, and of those that compute. The merge's programs start in what is left.
-REGISTERS = 144, 200
+REGISTERS = 152, 216
 TILE = gl.NVMMASharedLayout(128, 16, 2)  # of 64 columns, that are copied at once
+# 64 columns in memory, 16 bytes a thread: of 16 and of 32 bits.
+ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+WIDE_ROWS = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0]))
 
 
 def by_rows(pages: torch.Tensor) -> torch.Tensor:
@@ -60,6 +63,14 @@ def pitches(k_pages: torch.Tensor, v_pages: torch.Tensor) -> dict[str, int]:
 
 
 @gluon.jit
+def _touch(p):
+    """Has a line on its way to the L1."""
+    gl.inline_asm_elementwise(
+        "ld.global.b32 $0, [$1];", "=r,l", [p], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
 def _produce(
     desc,
     tiles,
@@ -82,13 +93,12 @@ def _produce(
     BYTES: gl.constexpr = PARTS * tiles.shape[1] * 64 * 2
     p_lanes = plan + 2 * W + LANES
     p_chunks = plan + gl.load(plan + 8)
-    lanes = gl.load(plan + 7) // 2 - 1
+    lanes = gl.load(plan + 7) // 4 - 1
     n = 0
     for i_j in range(gl.program_id(0), lanes * H, gl.num_programs(0)):
         i_h = i_j % H
-        p_lane = p_lanes + 2 * (i_j // H)
-        begin, end = gl.load(p_lane), gl.load(p_lane + 2)
-        for i_c in range(begin, end, CHUNKS):
+        p_lane = p_lanes + i_j // H * 4
+        for i_c in range(gl.load(p_lane), gl.load(p_lane + 4), CHUNKS):
             p_chunk = p_chunks + i_c * COLUMNS
             stage = n % STAGES
             bar = ready.index(stage)
@@ -117,30 +127,26 @@ def _load_queries(
     K: gl.constexpr,
 ):
     """A block's queries, from row `first` of `count` on."""
-    BM: gl.constexpr = q_tile.shape[1]
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    o_r = first + gl.arange(0, BM, layout=gl.SliceLayout(1, LAYOUT))
-    o_k = gl.arange(0, 64, layout=gl.SliceLayout(0, LAYOUT))
+    o_r = first + gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
+    o_k = gl.arange(0, 64, layout=gl.SliceLayout(0, ROWS))
     m_r = o_r < count
     i_r = gl.load(p_rows + o_r // G, mask=m_r, other=0)
     p_q = q + (i_r.to(gl.int64) * sq_r + (i_h * G + o_r % G).to(gl.int64) * sq_h)
-    PARTS: gl.constexpr = q_tile.shape[0]
-    for part in gl.static_range(PARTS):
+    for part in gl.static_range((K + 63) // 64):
         m_q = m_r[:, None] & (part * 64 + o_k < K)[None, :]
         b_q = gl.load(p_q[:, None] + (part * 64 + o_k)[None, :], mask=m_q, other=0.0)
         q_tile.index(part).store(b_q)
-    fence_async_shared()
 
 
 @gluon.jit
-def _scores(q_tile, k_tiles, stage, PARTS: gl.constexpr, S: gl.constexpr):
+def _scores(q_left, q_right, k_tiles, stage, PARTS: gl.constexpr, S: gl.constexpr):
     """Starts Q K^T, [64, BN]."""
     zeros = gl.full([64, k_tiles.shape[1]], 0.0, gl.float32, S)
     keys = k_tiles.index(stage * PARTS).permute((1, 0))
-    acc = warpgroup_mma(q_tile.index(0), keys, zeros, use_acc=False, is_async=True)
+    acc = warpgroup_mma(q_left, keys, zeros, use_acc=False, is_async=True)
     for part in gl.static_range(1, PARTS):
         keys = k_tiles.index(stage * PARTS + part).permute((1, 0))
-        acc = warpgroup_mma(q_tile.index(part), keys, acc, is_async=True)
+        acc = warpgroup_mma(q_right, keys, acc, is_async=True)
     return acc
 
 
@@ -148,8 +154,10 @@ def _scores(q_tile, k_tiles, stage, PARTS: gl.constexpr, S: gl.constexpr):
 def _release(bar, wide):
     """A stage is free once both groups are through with it, or the one whose step it is."""
     barrier()
-    mbarrier.arrive(bar, count=1)
-    mbarrier.arrive(bar, count=1, pred=wide == 0)
+    if wide > 0:
+        mbarrier.arrive(bar, count=1)
+    else:
+        mbarrier.arrive(bar, count=2)
 
 
 @gluon.jit
@@ -177,13 +185,15 @@ def _weights(
             softcap * 1.4426950408889634
         )
     if flags & 2 == 0:
-        p_n = p_chunk + o_n // CHUNK * COLUMNS
-        o_t = o_n % CHUNK
-        o_k = gl.where(o_t < gl.load(p_n + 1), gl.load(p_n + 2) + o_t, 1 << 30)
-        rows = gl.load(p_n + 5)
-        m_s = o_k[None, :] <= o_p[:, None]
-        m_s = m_s & (o_q[:, None] >= (rows & 65535)[None, :])
-        m_s = m_s & (o_q[:, None] < (rows >> 16)[None, :])
+        CHUNKS: gl.constexpr = o_n.shape[0] // CHUNK
+        b_end = gl.full([64, 1], 0, gl.int32, b_s.type.layout)
+        for c in gl.static_range(CHUNKS):
+            p_c = p_chunk + c * COLUMNS
+            rows = gl.load(p_c + 5)
+            r_end = gl.minimum(gl.load(p_c + 1), o_p - gl.load(p_c + 2) + 1) + c * CHUNK
+            r_end = gl.where((o_q >= (rows & 65535)) & (o_q < (rows >> 16)), r_end, 0)
+            b_end = gl.where((o_n >= c * CHUNK)[None, :], r_end[:, None], b_end)
+        m_s = o_n[None, :] < b_end
         b_s = gl.where(m_s, b_s, float("-inf"))
     b_new = gl.maximum(b_max, gl.max(b_s, 1) * c_scale)
     b_ref = gl.where(b_new == float("-inf"), 0.0, b_new)
@@ -215,16 +225,34 @@ def _clear_unread(
 
 
 @gluon.jit
-def _store(p, o_p, m_r, b_x, first: gl.constexpr, V: gl.constexpr, KEEP: gl.constexpr):
-    """Stores b_x [BM, 64] as columns `first`.. of rows o_p of [.., V]."""
-    o_v = first + gl.arange(0, 64, layout=gl.SliceLayout(0, b_x.type.layout))
-    POLICY: gl.constexpr = "evict_last" if KEEP else ""
-    gl.store(
-        p + o_p[:, None] * V + o_v[None, :],
-        b_x,
-        mask=m_r[:, None] & (o_v < V)[None, :],
-        eviction_policy=POLICY,
-    )
+def _store(
+    stage,
+    p,
+    i_p,
+    m_r,
+    b_left,
+    b_right,
+    V: gl.constexpr,
+    LAYOUT: gl.constexpr,
+    POLICY: gl.constexpr,
+):
+    """Stores [64, V] as rows i_p of [.., V], by way of `stage`: whole lines are written at once."""
+    TILE: gl.constexpr = gl.NVMMASharedLayout(128, b_left.dtype.primitive_bitwidth, 2)
+    tile = stage._reinterpret(b_left.dtype, [64, 64], TILE)
+    o_v = gl.arange(0, 64, layout=gl.SliceLayout(0, LAYOUT))
+    p_x = p + i_p[:, None] * V + o_v[None, :]
+    tile.store(b_left)
+    barrier()
+    b_x = tile.load(LAYOUT)
+    barrier()
+    gl.store(p_x, b_x, mask=m_r[:, None] & (o_v < V)[None, :], eviction_policy=POLICY)
+    if V > 64:
+        tile.store(b_right)
+        barrier()
+        b_x = tile.load(LAYOUT)
+        barrier()
+        m_x = m_r[:, None] & (64 + o_v < V)[None, :]
+        gl.store(p_x + 64, b_x, mask=m_x, eviction_policy=POLICY)
 
 
 @gluon.jit
@@ -284,24 +312,23 @@ def _consume(
     p_blocks = plan + gl.load(plan + 10)
     p_all_rows = plan + gl.load(plan + 12)
     advance = gl.load(plan + W) - gl.load(plan + 3)
-    lanes = gl.load(plan + 7) // 2 - 1
+    lanes = gl.load(plan + 7) // 4 - 1
     n = 0  # steps of this program so far
     split = 0  # blocks of which the groups had different steps
     for i_j in range(gl.program_id(0), lanes * H, gl.num_programs(0)):
         i_h = i_j % H
-        p_lane = p_lanes + 2 * (i_j // H)
-        first_block, last_block = gl.load(p_lane + 1), gl.load(p_lane + 3)
-        p_block = p_blocks + first_block * 4
-        next_row, next_end = gl.load(p_block), gl.load(p_block + 1)
-        next_begin, next_stop = gl.load(p_block + 2), gl.load(p_block + 3)
-        for i_b in range(first_block, last_block):
+        p_lane = p_lanes + i_j // H * 4
+        next_begin = gl.load(p_lane)
+        next_row, next_end = gl.load(p_lane + 2), gl.load(p_lane + 3)
+        for i_b in range(gl.load(p_lane + 1), gl.load(p_lane + 5)):
             row, begin = next_row, next_begin
             count = (next_end - row) * G
-            steps = (next_stop - begin) // CHUNKS
+            slot = gl.load(p_chunks + begin * COLUMNS + 7)
             # Of the last block of all it is another table that is read, to no end.
-            p_block = p_blocks + (i_b + 1) * 4
-            next_row, next_end = gl.load(p_block), gl.load(p_block + 1)
-            next_begin, next_stop = gl.load(p_block + 2), gl.load(p_block + 3)
+            p_block = p_blocks + i_b * 4
+            next_begin = gl.load(p_block + 3)
+            next_row, next_end = gl.load(p_block + 4), gl.load(p_block + 5)
+            steps = (next_begin - begin) // CHUNKS
             wide = (count > 64).to(gl.int32)
             first = wide * (64 * GROUP)
             mine = (1 - wide) * GROUP  # the first of this group's steps, and from one to the next
@@ -320,26 +347,28 @@ def _consume(
                 o_p = gl.load(plan + W + i_q)
                 _load_queries(q, q_tile, p_rows, count, first, i_h, sq_r, sq_h, G, K)
                 barrier()
+                q_left = q_tile.index(0).load(gl.DotOperandLayout(0, S, 2))
+                q_right = q_tile.index(K_PARTS - 1).load(gl.DotOperandLayout(0, S, 2))
                 mbarrier.wait(k_ready.index(at % STAGES), at // STAGES & 1)
-                b_s = warpgroup_mma_wait(0, [_scores(q_tile, k_tiles, at % STAGES, K_PARTS, S)])
+                b_s = warpgroup_mma_wait(0, [_scores(q_left, q_right, k_tiles, at % STAGES, K_PARTS, S)])
                 _release(k_free.index(at % STAGES), wide)
                 b_p, b_max, b_sum, b_old = _weights(
                     b_s, b_max, b_sum, p_chunk, flags, o_q, o_p, o_n, qk_scale, softcap,
                     CHUNK, COLUMNS, USE_SOFTCAP,
                 )  # fmt: skip
                 weights = gl.convert_layout(b_p.to(DTYPE), WEIGHTS)
+                mbarrier.wait(v_ready.index(at % STAGES), at // STAGES & 1)
                 for _ in range(mine + stride, steps, stride):
                     stage = at % STAGES
                     ahead = at + stride
                     unread = flags & 4 == 0
                     flags = gl.load(p_chunk + stride * STEP + 8)
-                    mbarrier.wait(v_ready.index(stage), at // STAGES & 1)
                     if unread:
                         _clear_unread(v_tiles, stage, p_chunk, advance, V_PARTS, CHUNK, COLUMNS)
                         barrier()
                     p_chunk += stride * STEP
                     mbarrier.wait(k_ready.index(ahead % STAGES), ahead // STAGES & 1)
-                    next_s = _scores(q_tile, k_tiles, ahead % STAGES, K_PARTS, S)
+                    next_s = _scores(q_left, q_right, k_tiles, ahead % STAGES, K_PARTS, S)
                     left = warpgroup_mma(
                         weights, v_tiles.index(stage * V_PARTS), b_left, is_async=True
                     )
@@ -354,6 +383,7 @@ def _consume(
                     CHUNK, COLUMNS, USE_SOFTCAP,
                     )  # fmt: skip
                     o_old = gl.convert_layout(b_old, O_ROWS)[:, None]
+                    mbarrier.wait(v_ready.index(ahead % STAGES), ahead // STAGES & 1)
                     if V_PARTS > 1:
                         b_left, b_right = warpgroup_mma_wait(0, [left, right])
                         b_right = b_right * o_old
@@ -364,7 +394,6 @@ def _consume(
                     weights = gl.convert_layout(b_p.to(DTYPE), WEIGHTS)
                     at = ahead
                 stage = at % STAGES
-                mbarrier.wait(v_ready.index(stage), at // STAGES & 1)
                 if flags & 4 == 0:
                     _clear_unread(v_tiles, stage, p_chunk, advance, V_PARTS, CHUNK, COLUMNS)
                     barrier()
@@ -411,22 +440,23 @@ def _consume(
                     mbarrier.arrive(taken.index(0), count=1)
                 split += 1
             if (wide > 0) | (GROUP == 0):
-                slot = gl.load(p_chunks + begin * COLUMNS + 7)
                 o_b = first + o_f
                 m_f = o_b < count
-                i_hq = i_h * G + o_b % G
                 if slot >= 0:
-                    o_p = (slot + o_b // G).to(gl.int64) * (H * G) + i_hq
+                    i_p = (slot + o_b // G).to(gl.int64) * (H * G) + i_h * G + o_b % G
+                    gl.store(lse + i_p, f_max + gl.log2(f_sum), mask=m_f)
                     f_scale = (1.0 / gl.where(f_sum == 0.0, 1.0, f_sum))[:, None]
-                    gl.store(lse + o_p, f_max + gl.log2(f_sum), mask=m_f)
-                    _store(partial, o_p, m_f, b_left * f_scale, 0, V, True)
-                    if V_PARTS > 1:
-                        _store(partial, o_p, m_f, b_right * f_scale, 64, V, True)
+                    b_left, b_right = b_left * f_scale, b_right * f_scale
+                    o_r = first + gl.arange(0, 64, layout=gl.SliceLayout(1, WIDE_ROWS))
+                    i_x = (slot + o_r // G).to(gl.int64) * (H * G) + i_h * G + o_r % G
+                    _store(
+                        q_tile, partial, i_x, o_r < count, b_left, b_right,
+                        V, WIDE_ROWS, "evict_last",
+                    )  # fmt: skip
                 else:
-                    i_r = gl.load(p_rows + o_b // G, mask=m_f, other=0)
-                    o_p = i_r.to(gl.int64) * (H * G) + i_hq
                     if USE_SINKS:
-                        b_sink = gl.load(sinks + i_hq, mask=m_f, other=0.0).to(gl.float32)
+                        p_sink = sinks + i_h * G + o_b % G
+                        b_sink = gl.load(p_sink, mask=m_f, other=0.0).to(gl.float32)
                         b_sink = b_sink * 1.4426950408889634
                         f_top = gl.maximum(f_max, b_sink)
                         f_old = gl.exp2(f_max - f_top)
@@ -434,9 +464,11 @@ def _consume(
                     else:
                         f_scale = 1.0 / gl.where(f_sum == 0.0, 1.0, f_sum)
                     f_scale = f_scale[:, None]
-                    _store(out, o_p, m_f, (b_left * f_scale).to(DTYPE), 0, V, False)
-                    if V_PARTS > 1:
-                        _store(out, o_p, m_f, (b_right * f_scale).to(DTYPE), 64, V, False)
+                    o_left, o_right = (b_left * f_scale).to(DTYPE), (b_right * f_scale).to(DTYPE)
+                    o_x = first + gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
+                    i_r = gl.load(p_rows + o_x // G, mask=o_x < count, other=0)
+                    i_o = i_r.to(gl.int64) * (H * G) + i_h * G + o_x % G
+                    _store(q_tile, out, i_o, o_x < count, o_left, o_right, V, ROWS, "")
 
 
 @gluon.jit
@@ -478,14 +510,19 @@ def hopper_kernel(
         KP, KH, VP, VH: rows of these from a page, or a head, to the next.
     """
     tl.extra.cuda.gdc_launch_dependents()
+    # What all warps are going to read first is on its way while the barriers are made.
+    _touch(plan)
+    _touch(plan + W)
+    _touch(plan + 2 * W + LANES + gl.program_id(0) // H * 4)
     DTYPE: gl.constexpr = q.dtype.element_ty
     CHUNK: gl.constexpr = k_desc.block_type.shape[0]
     K_PARTS: gl.constexpr = (K + 63) // 64
     V_PARTS: gl.constexpr = (V + 63) // 64
     LAYOUT: gl.constexpr = k_desc.layout
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
-    q_left = gl.allocate_shared_memory(DTYPE, [K_PARTS, 64, 64], LAYOUT)
-    q_right = gl.allocate_shared_memory(DTYPE, [K_PARTS, 64, 64], LAYOUT)
+    # Room for fp32 results as well, which are laid out there once the queries are through.
+    q_left = gl.allocate_shared_memory(DTYPE, [2, 64, 64], LAYOUT)
+    q_right = gl.allocate_shared_memory(DTYPE, [2, 64, 64], LAYOUT)
     k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES * K_PARTS, BN, 64], LAYOUT)
     v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES * V_PARTS, BN, 64], LAYOUT)
     other_out = gl.allocate_shared_memory(

@@ -35,7 +35,6 @@ def merge_kernel(
     lse,
     out,
     sinks,
-    W,
     HQ: tl.constexpr,
     V: tl.constexpr,
     BH: tl.constexpr,
@@ -43,29 +42,25 @@ def merge_kernel(
     USE_SINKS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """One program: BH heads of one query row.
+    """One program: BH heads of one of the rows to merge, as many as there may be.
 
     Args:
         plan: int32 [C, W], see `Plan`.
         partial: fp32 [slots, HQ, V]; lse: fp32 [slots, HQ], in base 2.
         out: [rows, HQ, V]; rows that one block wrote are left alone.
     """
-    i_r = tl.program_id(0).to(tl.int64)
-    o_h = tl.program_id(1) * BH + tl.arange(0, BH)
-    o_v = tl.arange(0, BV)
-    m_h = o_h < HQ
-    m_o = m_h[:, None] & (o_v < V)[None, :]
-    p_out = out + i_r * HQ * V + o_h[:, None] * V + o_v[None, :]
-
-    ptr = plan + tl.load(plan + 16)
-    p_slots = plan + tl.load(plan + 14)
-    begin = tl.load(ptr + i_r)
-    end = tl.load(ptr + i_r + 1)
-    position = tl.load(plan + W + i_r)
-    s_0, s_1, s_2, s_3 = _slots(p_slots, begin, end)
-    if USE_PDL:
-        tl.extra.cuda.gdc_wait()
-    if begin < end:
+    i_m = tl.program_id(0)
+    if i_m < tl.load(plan + 17):
+        o_h = tl.program_id(1) * BH + tl.arange(0, BH)
+        o_v = tl.arange(0, BV)
+        m_h = o_h < HQ
+        i_r = tl.load(plan + tl.load(plan + 16) + i_m).to(tl.int64)
+        p_ptr = plan + tl.load(plan + 18) + i_m
+        p_slots = plan + tl.load(plan + 14)
+        begin, end = tl.load(p_ptr), tl.load(p_ptr + 1)
+        s_0, s_1, s_2, s_3 = _slots(p_slots, begin, end)
+        if USE_PDL:
+            tl.extra.cuda.gdc_wait()
         b_max = tl.full([BH], float("-inf"), tl.float32)
         b_sum = tl.zeros([BH], tl.float32)
         if USE_SINKS:
@@ -92,6 +87,9 @@ def merge_kernel(
             b_out += b_2 * b_lse2[:, None] + b_3 * b_lse3[:, None]
             b_max = b_new
         b_out = b_out / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
-        tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_o)
-    elif position < -(1 << 29):  # the row sees nothing
-        tl.store(p_out, tl.zeros([BH, BV], out.dtype.element_ty), mask=m_o)
+        p_out = out + (i_r * HQ + o_h[:, None]) * V + o_v[None, :]
+        tl.store(p_out, b_out.to(out.dtype.element_ty), mask=m_h[:, None] & (o_v < V)[None, :])
+    elif USE_PDL:
+        # Whoever waits for this kernel waits for the one before it, too; one program is enough.
+        if i_m == 0:
+            tl.extra.cuda.gdc_wait()

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-_TABLES = ("shapes", "lanes", "chunks", "blocks", "rows", "slots", "merge_ptr")
-COLUMNS = {"shapes": 6, "lanes": 2, "chunks": 9, "blocks": 4}
+_TABLES = ("shapes", "lanes", "chunks", "blocks", "rows", "slots", "merge_rows", "merge_ptr")
+COLUMNS = {"shapes": 6, "lanes": 4, "chunks": 9, "blocks": 4}
 _HEADER = 4 + 2 * len(_TABLES)
 _ALIGN = 64
 _CHUNK = 32  # tokens; more waste more of a tile where nodes are short
@@ -173,7 +173,8 @@ class Tables(NamedTuple):
     Attributes:
         shapes: [S, 6], for each of the machine's: m, n, first block, end block, first lane, end
             lane. Blocks and lanes are sorted by shape.
-        lanes: [L+1, 2] first chunk, first block; those of the next lane end it.
+        lanes: [L+1, 4] first chunk, first block; those of the next lane end it. And the block's
+            first row and end row.
         chunks: [T, 9] its place, page times page size plus slot; tokens; position of the first;
             tokens up to the furthest position of the rows that it is for, and up to the hindmost,
             as planned, whether they are in the chunk or not; those rows, first + end << 16, in the
@@ -184,8 +185,9 @@ class Tables(NamedTuple):
             empty.
         blocks: [B, 4] first row, end row (into `rows`), first chunk, end chunk.
         rows: [K] query rows, B * T of q [B, heads, T, dim] counted as b * T + t.
-        slots: the partials of row r are slots[merge_ptr[r]:merge_ptr[r+1]].
-        merge_ptr: [R+1], a row's range is empty if its only block is.
+        slots: where the partials are, row by row.
+        merge_rows: [M] the rows that have more than one block, or none.
+        merge_ptr: [M+1], the partials of row merge_rows[i] are slots[merge_ptr[i]:merge_ptr[i+1]].
         positions: [R or more] of the query rows, far below 0 if they see nothing; what follows
             the first R is padding.
         page_size: tokens in a page.
@@ -197,6 +199,7 @@ class Tables(NamedTuple):
     blocks: np.ndarray
     rows: np.ndarray
     slots: np.ndarray
+    merge_rows: np.ndarray
     merge_ptr: np.ndarray
     positions: np.ndarray
     page_size: int
@@ -214,7 +217,7 @@ class Plan:
         0, 1, 2             query rows, partials, page size
         3                   the position of row 0 as planned: how far all have advanced since
         4 + 2 i, 5 + 2 i    offset in the tensor and size, in elements, of table i of
-                            shapes, lanes, chunks, blocks, rows, slots, merge_ptr
+                            shapes, lanes, chunks, blocks, rows, slots, merge_rows, merge_ptr
     """
 
     tables: Tables
@@ -632,14 +635,20 @@ def _tables(
     for column, starts in ((2, begin), (4, lanes)):
         at = np.searchsorted(starts, bounds)
         shapes[:, column], shapes[:, column + 1] = at[:-1], at[1:]
+    partials = np.bincount(owners, minlength=len(position))
+    merge_rows = np.flatnonzero((partials > 0) | (np.bincount(rows, minlength=len(position)) == 0))
+    first = np.searchsorted(blocks[:, 2], lanes)
     return Tables(
         shapes,
-        np.stack([lanes, np.searchsorted(blocks[:, 2], lanes)], 1).astype(np.int32),
+        np.column_stack([lanes, first, np.append(blocks[:, :2], [[0, 0]], 0)[first]]).astype(
+            np.int32
+        ),
         chunks,
         blocks,
         rows.astype(np.int32),
         slots.astype(np.int32),
-        _offsets(np.bincount(owners, minlength=len(position))).astype(np.int32),
+        merge_rows.astype(np.int32),
+        _offsets(partials[merge_rows]).astype(np.int32),
         position.astype(np.int32),
         page_size,
     )

@@ -63,7 +63,8 @@ def assert_consistent(tables, heads, machine, page_size):
     shapes, blocks, chunks = tables.shapes, tables.blocks, tables.chunks
     lanes = tables.lanes[:, 0]
     assert (blocks[tables.lanes[:-1, 1], 2] == lanes[:-1]).all()
-    assert tables.lanes[-1].tolist() == [len(chunks), len(blocks)]
+    assert tables.lanes[-1].tolist() == [len(chunks), len(blocks), 0, 0]
+    assert (tables.lanes[:-1, 2:] == blocks[tables.lanes[:-1, 1], :2]).all()
     size = machine.chunk(page_size)
     assert shapes[:, 0].tolist() == [shape.rows for shape in machine.shapes]
     for first in (2, 4):
@@ -104,8 +105,8 @@ def assert_consistent(tables, heads, machine, page_size):
                 assert chunk[4] == position[a:b].min() + 1 - chunk[2]
     # A result is a row's only one, or one of its partials.
     owner = np.full(len(tables.slots), -1)
-    for row, (begin, end) in enumerate(zip(tables.merge_ptr, tables.merge_ptr[1:], strict=False)):
-        owner[tables.slots[begin:end]] = row
+    for i, row in enumerate(tables.merge_rows):
+        owner[tables.slots[tables.merge_ptr[i] : tables.merge_ptr[i + 1]]] = row
     counts = np.zeros(len(tables.positions), int)
     for row, end_row in blocks[:, :2].tolist():
         counts[tables.rows[row:end_row]] += 1
@@ -239,7 +240,9 @@ def test_rows_that_see_nothing():
     for node, position in (([-1, -1], [0, 0]), ([], [])):
         plan = plan_of(nodes, np.array(node, int), np.array(position, int))
         assert len(plan.tables.blocks) == 0 and plan.kv_tokens == 0
-        assert Plan.read(plan.tensor("cpu")).merge_ptr.tolist() == [0] * (len(node) + 1)
+        tables = Plan.read(plan.tensor("cpu"))
+        assert tables.merge_rows.tolist() == list(range(len(node)))
+        assert tables.merge_ptr.tolist() == [0] * (len(node) + 1)
     empty = Nodes(*(np.empty(0, np.int32),) * 4, np.zeros(1, np.int32), np.empty(0, np.int32))
     assert len(plan_of(empty, [-1], [0]).tables.blocks) == 0
 
