@@ -30,9 +30,7 @@ STAGES = 4  # steps whose keys, and values, are held or under way; even, for gro
 # A thread's: at the start, and of those that compute. The merge's programs start in what is left.
 REGISTERS = 152, 216
 TILE = gl.NVMMASharedLayout(128, 16, 2)  # of 64 columns, that are copied at once
-# 64 columns in memory, 16 bytes a thread: of 16 and of 32 bits.
-ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
-WIDE_ROWS = gl.constexpr(gl.BlockedLayout([1, 4], [2, 16], [4, 1], [1, 0]))
+ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # of 64 columns, in memory
 
 
 def by_rows(pages: torch.Tensor) -> torch.Tensor:
@@ -64,10 +62,11 @@ def pitches(k_pages: torch.Tensor, v_pages: torch.Tensor) -> dict[str, int]:
 
 @gluon.jit
 def _touch(p):
-    """Has a line on its way to the L1."""
+    """Has what lies at p on its way."""
     gl.inline_asm_elementwise(
-        "ld.global.b32 $0, [$1];", "=r,l", [p], dtype=gl.int32, is_pure=False, pack=1
-    )
+        "prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [p], dtype=gl.int32, is_pure=False,
+        pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -161,19 +160,28 @@ def _release(bar, wide):
 
 
 @gluon.jit
+def _bounds(p_chunk, CHUNKS: gl.constexpr, COLUMNS: gl.constexpr):
+    """What bounds a step's chunks: for each its tokens, the first's position, and for which rows."""
+    bounds = ()
+    for c in gl.static_range(CHUNKS):
+        p_c = p_chunk + c * COLUMNS
+        bounds = bounds + (gl.load(p_c + 1), gl.load(p_c + 2), gl.load(p_c + 5))
+    return bounds
+
+
+@gluon.jit
 def _weights(
     b_s,
     b_max,
     b_sum,
-    p_chunk,
     flags,
+    bounds,
     o_q,
     o_p,
     o_n,
     qk_scale,
     softcap,
     CHUNK: gl.constexpr,
-    COLUMNS: gl.constexpr,
     USE_SOFTCAP: gl.constexpr,
 ):
     """The softmax's next step: the weights [64, BN], the rows' new maximum, base 2, and sum, and by
@@ -185,12 +193,11 @@ def _weights(
             softcap * 1.4426950408889634
         )
     if flags & 2 == 0:
-        CHUNKS: gl.constexpr = o_n.shape[0] // CHUNK
+        # Of each chunk a row sees the first tokens: one bound takes in all there is to mind.
         b_end = gl.full([64, 1], 0, gl.int32, b_s.type.layout)
-        for c in gl.static_range(CHUNKS):
-            p_c = p_chunk + c * COLUMNS
-            rows = gl.load(p_c + 5)
-            r_end = gl.minimum(gl.load(p_c + 1), o_p - gl.load(p_c + 2) + 1) + c * CHUNK
+        for c in gl.static_range(o_n.shape[0] // CHUNK):
+            tokens, start, rows = bounds[3 * c], bounds[3 * c + 1], bounds[3 * c + 2]
+            r_end = gl.minimum(tokens, o_p - start + 1) + c * CHUNK
             r_end = gl.where((o_q >= (rows & 65535)) & (o_q < (rows >> 16)), r_end, 0)
             b_end = gl.where((o_n >= c * CHUNK)[None, :], r_end[:, None], b_end)
         m_s = o_n[None, :] < b_end
@@ -225,34 +232,16 @@ def _clear_unread(
 
 
 @gluon.jit
-def _store(
-    stage,
-    p,
-    i_p,
-    m_r,
-    b_left,
-    b_right,
-    V: gl.constexpr,
-    LAYOUT: gl.constexpr,
-    POLICY: gl.constexpr,
-):
-    """Stores [64, V] as rows i_p of [.., V], by way of `stage`: whole lines are written at once."""
-    TILE: gl.constexpr = gl.NVMMASharedLayout(128, b_left.dtype.primitive_bitwidth, 2)
-    tile = stage._reinterpret(b_left.dtype, [64, 64], TILE)
-    o_v = gl.arange(0, 64, layout=gl.SliceLayout(0, LAYOUT))
-    p_x = p + i_p[:, None] * V + o_v[None, :]
-    tile.store(b_left)
+def _store(tile, p, i_p, m_r, b_x, first: gl.constexpr, V: gl.constexpr):
+    """Stores b_x [64, 64] as columns `first`.. of rows i_p of [.., V], by way of `tile`: lines are
+    written whole."""
+    tile.store(b_x)
     barrier()
-    b_x = tile.load(LAYOUT)
+    b_x = tile.load(ROWS)
     barrier()
-    gl.store(p_x, b_x, mask=m_r[:, None] & (o_v < V)[None, :], eviction_policy=POLICY)
-    if V > 64:
-        tile.store(b_right)
-        barrier()
-        b_x = tile.load(LAYOUT)
-        barrier()
-        m_x = m_r[:, None] & (64 + o_v < V)[None, :]
-        gl.store(p_x + 64, b_x, mask=m_x, eviction_policy=POLICY)
+    o_v = first + gl.arange(0, 64, layout=gl.SliceLayout(0, ROWS))
+    m_x = m_r[:, None] & (o_v < V)[None, :]
+    gl.store(p + i_p[:, None] * V + o_v[None, :], b_x, mask=m_x)
 
 
 @gluon.jit
@@ -335,6 +324,7 @@ def _consume(
             stride = 2 - wide
             p_rows = p_all_rows + row
             o_q = (first + o_m) // G
+            i_q = gl.load(p_rows + o_q, mask=first + o_m < count, other=0)
             b_max = gl.full([64], float("-inf"), gl.float32, S_ROWS)
             b_sum = gl.full([64], 0.0, gl.float32, S_ROWS)
             b_left = gl.full([64, 64], 0.0, gl.float32, OUT)
@@ -342,8 +332,7 @@ def _consume(
             if mine < steps:
                 at = n + mine
                 p_chunk = p_chunks + begin * COLUMNS + mine * STEP
-                flags = gl.load(p_chunk + 8)
-                i_q = gl.load(p_rows + o_q, mask=first + o_m < count, other=0)
+                flags, bounds = gl.load(p_chunk + 8), _bounds(p_chunk, CHUNKS, COLUMNS)
                 o_p = gl.load(plan + W + i_q)
                 _load_queries(q, q_tile, p_rows, count, first, i_h, sq_r, sq_h, G, K)
                 barrier()
@@ -353,8 +342,8 @@ def _consume(
                 b_s = warpgroup_mma_wait(0, [_scores(q_left, q_right, k_tiles, at % STAGES, K_PARTS, S)])
                 _release(k_free.index(at % STAGES), wide)
                 b_p, b_max, b_sum, b_old = _weights(
-                    b_s, b_max, b_sum, p_chunk, flags, o_q, o_p, o_n, qk_scale, softcap,
-                    CHUNK, COLUMNS, USE_SOFTCAP,
+                    b_s, b_max, b_sum, flags, bounds, o_q, o_p, o_n, qk_scale, softcap,
+                    CHUNK, USE_SOFTCAP,
                 )  # fmt: skip
                 weights = gl.convert_layout(b_p.to(DTYPE), WEIGHTS)
                 mbarrier.wait(v_ready.index(at % STAGES), at // STAGES & 1)
@@ -363,6 +352,7 @@ def _consume(
                     ahead = at + stride
                     unread = flags & 4 == 0
                     flags = gl.load(p_chunk + stride * STEP + 8)
+                    bounds = _bounds(p_chunk + stride * STEP, CHUNKS, COLUMNS)
                     if unread:
                         _clear_unread(v_tiles, stage, p_chunk, advance, V_PARTS, CHUNK, COLUMNS)
                         barrier()
@@ -379,8 +369,8 @@ def _consume(
                     b_s = warpgroup_mma_wait(V_PARTS, [next_s])
                     _release(k_free.index(ahead % STAGES), wide)
                     b_p, b_max, b_sum, b_old = _weights(
-                        b_s, b_max, b_sum, p_chunk, flags, o_q, o_p, o_n, qk_scale, softcap,
-                    CHUNK, COLUMNS, USE_SOFTCAP,
+                        b_s, b_max, b_sum, flags, bounds, o_q, o_p, o_n, qk_scale, softcap,
+                        CHUNK, USE_SOFTCAP,
                     )  # fmt: skip
                     o_old = gl.convert_layout(b_old, O_ROWS)[:, None]
                     mbarrier.wait(v_ready.index(ahead % STAGES), ahead // STAGES & 1)
@@ -447,12 +437,13 @@ def _consume(
                     gl.store(lse + i_p, f_max + gl.log2(f_sum), mask=m_f)
                     f_scale = (1.0 / gl.where(f_sum == 0.0, 1.0, f_sum))[:, None]
                     b_left, b_right = b_left * f_scale, b_right * f_scale
-                    o_r = first + gl.arange(0, 64, layout=gl.SliceLayout(1, WIDE_ROWS))
-                    i_x = (slot + o_r // G).to(gl.int64) * (H * G) + i_h * G + o_r % G
-                    _store(
-                        q_tile, partial, i_x, o_r < count, b_left, b_right,
-                        V, WIDE_ROWS, "evict_last",
-                    )  # fmt: skip
+                    o_v = gl.arange(0, 64, layout=gl.SliceLayout(0, OUT))
+                    p_x = partial + i_p[:, None] * V + o_v[None, :]
+                    m_x = m_f[:, None] & (o_v < V)[None, :]
+                    gl.store(p_x, b_left, mask=m_x, eviction_policy="evict_last")
+                    if V_PARTS > 1:
+                        m_x = m_f[:, None] & (64 + o_v < V)[None, :]
+                        gl.store(p_x + 64, b_right, mask=m_x, eviction_policy="evict_last")
                 else:
                     if USE_SINKS:
                         p_sink = sinks + i_h * G + o_b % G
@@ -464,11 +455,15 @@ def _consume(
                     else:
                         f_scale = 1.0 / gl.where(f_sum == 0.0, 1.0, f_sum)
                     f_scale = f_scale[:, None]
-                    o_left, o_right = (b_left * f_scale).to(DTYPE), (b_right * f_scale).to(DTYPE)
                     o_x = first + gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
                     i_r = gl.load(p_rows + o_x // G, mask=o_x < count, other=0)
                     i_o = i_r.to(gl.int64) * (H * G) + i_h * G + o_x % G
-                    _store(q_tile, out, i_o, o_x < count, o_left, o_right, V, ROWS, "")
+                    # The queries are in registers.
+                    tile = q_tile.index(0)
+                    _store(tile, out, i_o, o_x < count, (b_left * f_scale).to(DTYPE), 0, V)
+                    if V_PARTS > 1:
+                        o_right = (b_right * f_scale).to(DTYPE)
+                        _store(tile, out, i_o, o_x < count, o_right, 64, V)
 
 
 @gluon.jit
@@ -520,9 +515,8 @@ def hopper_kernel(
     V_PARTS: gl.constexpr = (V + 63) // 64
     LAYOUT: gl.constexpr = k_desc.layout
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
-    # Room for fp32 results as well, which are laid out there once the queries are through.
-    q_left = gl.allocate_shared_memory(DTYPE, [2, 64, 64], LAYOUT)
-    q_right = gl.allocate_shared_memory(DTYPE, [2, 64, 64], LAYOUT)
+    q_left = gl.allocate_shared_memory(DTYPE, [K_PARTS, 64, 64], LAYOUT)
+    q_right = gl.allocate_shared_memory(DTYPE, [K_PARTS, 64, 64], LAYOUT)
     k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES * K_PARTS, BN, 64], LAYOUT)
     v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES * V_PARTS, BN, 64], LAYOUT)
     other_out = gl.allocate_shared_memory(

@@ -125,7 +125,7 @@ class Machine:
                 Shape(64, 64, processors, 256, 1.0, 64),
                 Shape(128, 64, processors, 256, 1.3, 64),
             )
-            return Machine(shapes, partial=3)
+            return Machine(shapes, partial=4)
         # Products on cores that are not made for them cost in proportion to the rows.
         dear = heads.itemsize > 2 or max(heads.key_dim, heads.value_dim) > 128
         shapes = (
