@@ -138,14 +138,14 @@ def _load_queries(
 
 
 @gluon.jit
-def _scores(q_left, q_right, k_tiles, stage, PARTS: gl.constexpr, S: gl.constexpr):
+def _scores(q_tile, k_tiles, stage, PARTS: gl.constexpr, S: gl.constexpr):
     """Starts Q K^T, [64, BN]."""
     zeros = gl.full([64, k_tiles.shape[1]], 0.0, gl.float32, S)
     keys = k_tiles.index(stage * PARTS).permute((1, 0))
-    acc = warpgroup_mma(q_left, keys, zeros, use_acc=False, is_async=True)
+    acc = warpgroup_mma(q_tile.index(0), keys, zeros, use_acc=False, is_async=True)
     for part in gl.static_range(1, PARTS):
         keys = k_tiles.index(stage * PARTS + part).permute((1, 0))
-        acc = warpgroup_mma(q_right, keys, acc, is_async=True)
+        acc = warpgroup_mma(q_tile.index(part), keys, acc, is_async=True)
     return acc
 
 
@@ -161,7 +161,7 @@ def _release(bar, wide):
 
 @gluon.jit
 def _bounds(p_chunk, CHUNKS: gl.constexpr, COLUMNS: gl.constexpr):
-    """What bounds a step's chunks: for each its tokens, the first's position, and for which rows."""
+    """What bounds each chunk of a step: its tokens, the first's position, the rows it is for."""
     bounds = ()
     for c in gl.static_range(CHUNKS):
         p_c = p_chunk + c * COLUMNS
@@ -336,10 +336,8 @@ def _consume(
                 o_p = gl.load(plan + W + i_q)
                 _load_queries(q, q_tile, p_rows, count, first, i_h, sq_r, sq_h, G, K)
                 barrier()
-                q_left = q_tile.index(0).load(gl.DotOperandLayout(0, S, 2))
-                q_right = q_tile.index(K_PARTS - 1).load(gl.DotOperandLayout(0, S, 2))
                 mbarrier.wait(k_ready.index(at % STAGES), at // STAGES & 1)
-                b_s = warpgroup_mma_wait(0, [_scores(q_left, q_right, k_tiles, at % STAGES, K_PARTS, S)])
+                b_s = warpgroup_mma_wait(0, [_scores(q_tile, k_tiles, at % STAGES, K_PARTS, S)])
                 _release(k_free.index(at % STAGES), wide)
                 b_p, b_max, b_sum, b_old = _weights(
                     b_s, b_max, b_sum, flags, bounds, o_q, o_p, o_n, qk_scale, softcap,
@@ -358,7 +356,7 @@ def _consume(
                         barrier()
                     p_chunk += stride * STEP
                     mbarrier.wait(k_ready.index(ahead % STAGES), ahead // STAGES & 1)
-                    next_s = _scores(q_left, q_right, k_tiles, ahead % STAGES, K_PARTS, S)
+                    next_s = _scores(q_tile, k_tiles, ahead % STAGES, K_PARTS, S)
                     left = warpgroup_mma(
                         weights, v_tiles.index(stage * V_PARTS), b_left, is_async=True
                     )
@@ -458,7 +456,7 @@ def _consume(
                     o_x = first + gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
                     i_r = gl.load(p_rows + o_x // G, mask=o_x < count, other=0)
                     i_o = i_r.to(gl.int64) * (H * G) + i_h * G + o_x % G
-                    # The queries are in registers.
+                    # The queries are through.
                     tile = q_tile.index(0)
                     _store(tile, out, i_o, o_x < count, (b_left * f_scale).to(DTYPE), 0, V)
                     if V_PARTS > 1:

@@ -638,11 +638,10 @@ def _tables(
     partials = np.bincount(owners, minlength=len(position))
     merge_rows = np.flatnonzero((partials > 0) | (np.bincount(rows, minlength=len(position)) == 0))
     first = np.searchsorted(blocks[:, 2], lanes)
+    of_first = np.append(blocks[:, :2], [[0, 0]], 0)[first]
     return Tables(
         shapes,
-        np.column_stack([lanes, first, np.append(blocks[:, :2], [[0, 0]], 0)[first]]).astype(
-            np.int32
-        ),
+        np.column_stack([lanes, first, of_first]).astype(np.int32),
         chunks,
         blocks,
         rows.astype(np.int32),

@@ -90,6 +90,9 @@ LARGE = [
     Check(201, heads=(64, 8), dims=(128, 128), nodes=300, longest=90, rows=300, length=3),
     Check(202, torch.bfloat16, (8, 2), (96, 80), 16, window=200, softcap=3.0, rows=600, advance=9),
     Check(203, heads=(16, 2), dims=(128, 128), page_size=128, sinks=True, longest=900, rows=700),
+    # Programs have several lanes, of blocks of all shapes.
+    Check(204, heads=(1600, 200), dims=(64, 64), nodes=20, rows=40, advance=2),
+    Check(205, torch.bfloat16, (400, 200), (128, 80), length=3, nodes=20, rows=70),
 ]
 
 
