@@ -181,6 +181,7 @@ def _weights(
     o_n,
     qk_scale,
     softcap,
+    S: gl.constexpr,
     CHUNK: gl.constexpr,
     USE_SOFTCAP: gl.constexpr,
 ):
@@ -194,7 +195,7 @@ def _weights(
         )
     if flags & 2 == 0:
         # Of each chunk a row sees the first tokens: one bound takes in all there is to mind.
-        b_end = gl.full([64, 1], 0, gl.int32, b_s.type.layout)
+        b_end = gl.full([64, 1], 0, gl.int32, S)
         for c in gl.static_range(o_n.shape[0] // CHUNK):
             tokens, start, rows = bounds[3 * c], bounds[3 * c + 1], bounds[3 * c + 2]
             r_end = gl.minimum(tokens, o_p - start + 1) + c * CHUNK
@@ -341,7 +342,7 @@ def _consume(
                 _release(k_free.index(at % STAGES), wide)
                 b_p, b_max, b_sum, b_old = _weights(
                     b_s, b_max, b_sum, flags, bounds, o_q, o_p, o_n, qk_scale, softcap,
-                    CHUNK, USE_SOFTCAP,
+                    S, CHUNK, USE_SOFTCAP,
                 )  # fmt: skip
                 weights = gl.convert_layout(b_p.to(DTYPE), WEIGHTS)
                 mbarrier.wait(v_ready.index(at % STAGES), at // STAGES & 1)
@@ -368,7 +369,7 @@ def _consume(
                     _release(k_free.index(ahead % STAGES), wide)
                     b_p, b_max, b_sum, b_old = _weights(
                         b_s, b_max, b_sum, flags, bounds, o_q, o_p, o_n, qk_scale, softcap,
-                        CHUNK, USE_SOFTCAP,
+                        S, CHUNK, USE_SOFTCAP,
                     )  # fmt: skip
                     o_old = gl.convert_layout(b_old, O_ROWS)[:, None]
                     mbarrier.wait(v_ready.index(ahead % STAGES), ahead // STAGES & 1)

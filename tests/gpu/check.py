@@ -2,6 +2,7 @@
 
 On a GPU:          python tests/gpu/check.py
 Without one:       TRITON_INTERPRET=1 python tests/gpu/check.py --small
+                   as on GPUs of capabilities 8.0 and 9.0, one after the other
 Under a sanitizer: compute-sanitizer --tool memcheck python tests/gpu/check.py --small --repeat 1
 """
 
@@ -11,18 +12,21 @@ import argparse
 import itertools
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import gluon  # noqa: E402
 from trees import Case, nodes_of, pools  # noqa: E402
 
-from pat_hf.kernels import naive  # noqa: E402
-from pat_hf.kernels.forward import forward  # noqa: E402
+from pat_hf.kernels import forward, hopper, naive  # noqa: E402
 from pat_hf.kernels.plan import Heads, Machine, Plan, make_plan  # noqa: E402
 from pat_hf.kernels.store import store  # noqa: E402
 
@@ -65,6 +69,8 @@ SMALL = [
     Check(7, heads=(8, 1), sinks=True, nodes=3, rows=3, longest=900),
     Check(8, heads=(160, 1), dims=(16, 16), nodes=3, rows=3, longest=50),
     Check(9, heads=(4, 1), cancels=True),
+    Check(300, torch.float16, (12, 2), (128, 80), 16, 2, softcap=3.0, sinks=True, advance=2),
+    Check(301, heads=(24, 2), dims=(96, 128), nodes=9, rows=20),
 ]
 LARGE = [
     *(Check(10 + d, dims=(d, d)) for d in (64, 80, 96, 128, 192, 256)),
@@ -120,10 +126,11 @@ def draw(check: Check) -> Case:
     return Case(nodes, node, position, heads, check.page_size, check.length)
 
 
-def run(check: Check, device: torch.device, repeat: int) -> tuple[float, float]:
+def run(check: Check, device: torch.device, repeat: int, major: int) -> tuple[float, float]:
     """The kernels' error and its bound: twice that of PyTorch in the same dtype, plus 1e-5."""
     case = draw(check)
-    plan = make_plan(*case[:5], _machine(device, case.heads, check.processors)).tensor(device)
+    machine = Machine.gpu(check.processors, case.heads, major)
+    plan = make_plan(*case[:5], machine).tensor(device)
     Plan.positions(plan).add_(check.advance)
     case = case._replace(position=case.position + check.advance)
     q, k, v = pools(case, check.dtype, seed=check.seed)
@@ -141,7 +148,7 @@ def run(check: Check, device: torch.device, repeat: int) -> tuple[float, float]:
     moved = None if sinks is None else sinks.to(device)
     _poison(device)
     outs = [
-        forward(q.to(device), k_pool, v_pool, plan, sinks=moved, **options).cpu()
+        forward.forward(q.to(device), k_pool, v_pool, plan, sinks=moved, **options).cpu()
         for _ in range(repeat)
     ]
     if not all(torch.equal(outs[0], out) for out in outs[1:]):
@@ -154,9 +161,12 @@ def run(check: Check, device: torch.device, repeat: int) -> tuple[float, float]:
     return error, 2 * least + 1e-5
 
 
-def _machine(device: torch.device, heads: Heads, processors: int) -> Machine:
-    major = torch.cuda.get_device_capability()[0] if device.type == "cuda" else 9
-    return Machine.gpu(processors, heads, major)
+@contextmanager
+def imitated(major: int) -> Iterator[None]:
+    """A GPU of compute capability `major`, of two multiprocessors, on the CPU."""
+    kernel = mock.patch.object(hopper, "hopper_kernel", gluon.Kernel())
+    with kernel, mock.patch.object(forward, "_processors", lambda device: (2, major)):
+        yield
 
 
 def stored_exactly(heads: int, dims: tuple[int, int], length: int, device: torch.device) -> bool:
@@ -225,11 +235,14 @@ def main() -> None:
     device = torch.device("cpu" if interpreted else "cuda")
     shard, shards = map(int, arguments.shard.split("/"))
     failed, checks = 0, (SMALL if arguments.small else SMALL + LARGE)[shard::shards]
-    for check in checks:
-        error, bound = run(check, device, 1 if interpreted else arguments.repeat)
+    majors = (8, 9) if interpreted else (torch.cuda.get_device_capability()[0],)
+    checks = list(itertools.product(checks, majors))
+    for check, major in checks:
+        with imitated(major) if interpreted else nullcontext():
+            error, bound = run(check, device, 1 if interpreted else arguments.repeat, major)
         failed += not error <= bound
         state = "passed" if error <= bound else "FAILED"
-        print(f"{state}: error {error:.1e}, bound {bound:.1e}: {check}", flush=True)
+        print(f"{state}: error {error:.1e}, bound {bound:.1e}: sm {major}0, {check}", flush=True)
     for sizes in ((1, (16, 16), 1), (3, (80, 48), 5), (8, (128, 128), 1)):
         if not stored_exactly(*sizes, device):
             failed += 1

@@ -1,0 +1,243 @@
+"""`pat_hf.kernels.hopper` without a GPU: what its kernel says, done by PyTorch.
+
+Warps that have a part of their own are a thread each, what they wait for waits in earnest, and what
+is read or written out of bounds raises. Layouts mean nothing here, nor does what is done ahead.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from pat_hf.kernels import hopper
+
+PATIENCE = 60  # seconds, until what is waited for counts as never coming
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """Elements of a flat tensor: one, or as many as there are offsets."""
+
+    memory: torch.Tensor
+    offset: torch.Tensor
+
+    def __add__(self, step: Any) -> Pointer:
+        return Pointer(self.memory, self.offset + step)
+
+    def __getitem__(self, index: Any) -> Pointer:
+        return Pointer(self.memory, self.offset[index])
+
+    @property
+    def dtype(self) -> SimpleNamespace:
+        return SimpleNamespace(element_ty=self.memory.dtype)
+
+    def inside(self, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Offsets, 0 where masked, and the mask, both in full."""
+        mask = torch.tensor(True) if mask is None else mask
+        offset, mask = torch.broadcast_tensors(self.offset, mask)
+        reached = offset[mask]
+        if len(reached) and not (0 <= reached.min() and reached.max() < len(self.memory)):
+            raise IndexError(f"{reached.min()} to {reached.max()} of {len(self.memory)}")
+        return torch.where(mask, offset, 0), mask
+
+
+def pointer(x: torch.Tensor) -> Pointer:
+    flat = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    return Pointer(flat, torch.tensor(x.storage_offset()))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Shared memory."""
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    def index(self, i: Any) -> Memory:
+        return Memory(self.tensor[int(i)])
+
+    def slice(self, first: int, count: int) -> Memory:
+        return Memory(self.tensor[first : first + count])
+
+    def permute(self, order: tuple[int, ...]) -> Memory:
+        return Memory(self.tensor.permute(order))
+
+    def load(self, layout: Any) -> torch.Tensor:
+        return self.tensor.clone()
+
+    def store(self, x: torch.Tensor) -> None:
+        self.tensor.copy_(x)
+
+
+class Barrier:
+    """An mbarrier: a phase is over once all have arrived, and all bytes announced have come."""
+
+    def __init__(self, changed: threading.Condition):
+        self.changed, self.phase, self.count, self.bytes = changed, 0, 0, 0
+
+    def init(self, count: int) -> None:
+        self.count = self.left = count
+
+    def come(self, arrivals: int, bytes: int) -> None:
+        with self.changed:
+            self.left -= arrivals
+            self.bytes += bytes
+            if self.left < 0:
+                raise RuntimeError("More arrive than are waited for.")
+            if not self.left and not self.bytes:
+                self.phase, self.left = self.phase + 1, self.count
+                self.changed.notify_all()
+
+    def wait(self, parity: Any) -> None:
+        with self.changed:
+            if not self.changed.wait_for(lambda: self.phase % 2 != int(parity), PATIENCE):
+                raise TimeoutError("What is waited for doesn't come.")
+
+
+class Barriers:
+    def __init__(self, shape: list[int], changed: threading.Condition):
+        self.shape, self.all = shape, [Barrier(changed) for _ in range(shape[0])]
+
+    def index(self, i: Any) -> Barrier:
+        return self.all[int(i)]
+
+
+def _load(p: Pointer, mask: Any = None, other: Any = 0) -> torch.Tensor:
+    offset, mask = p.inside(mask)
+    x = torch.where(mask, p.memory[offset], torch.tensor(other, dtype=p.memory.dtype))
+    return x.long() if x.dtype == torch.int32 else x
+
+
+def _store(p: Pointer, x: Any, mask: Any = None, eviction_policy: str = "") -> None:
+    offset, mask = p.inside(mask)
+    x = torch.as_tensor(x, dtype=p.memory.dtype).expand(offset.shape)
+    p.memory[offset[mask]] = x[mask]
+
+
+def _copy(desc: Any, where: list[Any], bar: Barrier, to: Memory) -> None:
+    (row, column), (rows, columns) = map(int, where), desc.block_shape
+    source = pointer(desc.base)
+    inside = row * desc.strides[0] + torch.arange(rows)[:, None] * desc.strides[0]
+    column = column + torch.arange(columns)
+    x = _load(source + (inside + column), (column < desc.shape[1]).expand(rows, columns), 0.0)
+    to.store(x)
+    bar.come(0, -x.numel() * x.element_size())
+
+
+def _multiply(a: Any, b: Memory, acc: torch.Tensor, use_acc: bool = True, is_async: bool = False):
+    a = a.tensor if isinstance(a, Memory) else a
+    product = a.float() @ b.tensor.float()
+    return acc + product if use_acc else product
+
+
+class Program:
+    """One program of a grid of so many: what Gluon's names mean in it."""
+
+    def __init__(self, number: int, count: int):
+        changed = threading.Condition()
+
+        def allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Memory | Barriers:
+            if dtype == torch.int64:
+                return Barriers(shape, changed)
+            return Memory(torch.full(shape, torch.nan, dtype=dtype))
+
+        def pair(function: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda a, b: function(torch.as_tensor(a), torch.as_tensor(b))
+
+        def nothing(*args: Any, **kwargs: Any) -> None:
+            return None
+
+        language = SimpleNamespace(
+            **{name: getattr(torch, name) for name in ("int32", "int64", "float32")},
+            **{name: getattr(torch, name) for name in ("exp2", "log2", "where")},
+            program_id=lambda axis: torch.tensor(number),
+            num_programs=lambda axis: count,
+            load=_load,
+            store=_store,
+            arange=lambda begin, end, layout: torch.arange(begin, end),
+            full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
+            minimum=pair(torch.minimum),
+            maximum=pair(torch.maximum),
+            max=lambda x, axis: x.amax(axis),
+            sum=lambda x, axis: x.sum(axis),
+            convert_layout=lambda x, layout: x,
+            static_range=range,
+            allocate_shared_memory=allocate,
+            warp_specialize=_side_by_side,
+            inline_asm_elementwise=nothing,
+        )
+        for layout in ("Slice", "Blocked", "DotOperand", "NVMMADistributed", "NVMMAShared"):
+            setattr(language, f"{layout}Layout", nothing)
+        language.SwizzledSharedLayout = nothing
+        self.names = {
+            "gl": language,
+            "tl": SimpleNamespace(
+                extra=SimpleNamespace(cuda=SimpleNamespace(gdc_launch_dependents=nothing))
+            ),
+            "mbarrier": SimpleNamespace(
+                MBarrierLayout=nothing,
+                init=lambda bar, count: bar.init(count),
+                wait=lambda bar, parity: bar.wait(parity),
+                arrive=lambda bar, count: bar.come(count, 0),
+                expect=lambda bar, bytes: bar.come(1, bytes),
+            ),
+            "warpgroup_mma": _multiply,
+            "warpgroup_mma_wait": lambda left, deps: deps if len(deps) > 1 else deps[0],
+            "async_load": _copy,
+            "fence_async_shared": nothing,
+            "barrier": nothing,
+        }
+
+
+def _side_by_side(parts: list[tuple], warps: list[int], registers: list[int]) -> None:
+    failed: list[BaseException] = []
+
+    def run(function: Callable[..., None], args: tuple) -> None:
+        try:
+            function(*args)
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=run, args=part, daemon=True) for part in parts]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads) and not failed:
+        for thread in threads:
+            thread.join(0.05)
+    if failed:
+        raise failed[0]
+
+
+class Kernel:
+    """`hopper_kernel`, to be launched as Triton's are: kernel[grid](*args, **options)."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        spec = importlib.util.spec_from_file_location("emulated", hopper.__file__)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        for name, value in list(vars(module).items()):
+            if hasattr(value, "fn"):
+                setattr(module, name, value.fn)
+
+        def launch(*args: Any, **options: Any) -> None:
+            known = inspect.signature(module.hopper_kernel).parameters
+            args = [pointer(x) if isinstance(x, torch.Tensor) else x for x in args]
+            options = {name: x for name, x in options.items() if name in known}
+            for desc in args:
+                if hasattr(desc, "block_shape"):
+                    object.__setattr__(desc, "block_type", SimpleNamespace(shape=desc.block_shape))
+            for number in range(grid[0]):
+                vars(module).update(Program(number, grid[0]).names)
+                module.hopper_kernel(*args, **options)
+
+        return launch
