@@ -150,6 +150,24 @@ def _scores(q_tile, k_tiles, stage, PARTS: gl.constexpr, S: gl.constexpr):
 
 
 @gluon.jit
+def _add_values(weights, v_tiles, stage, b_left, b_right, PARTS: gl.constexpr):
+    """Starts adding P V, [64, 64] for each 64 columns."""
+    b_left = warpgroup_mma(weights, v_tiles.index(stage * PARTS), b_left, is_async=True)
+    if PARTS > 1:
+        b_right = warpgroup_mma(weights, v_tiles.index(stage * PARTS + 1), b_right, is_async=True)
+    return b_left, b_right
+
+
+@gluon.jit
+def _wait_for_values(b_left, b_right, PARTS: gl.constexpr):
+    if PARTS > 1:
+        b_left, b_right = warpgroup_mma_wait(0, [b_left, b_right])
+    else:
+        b_left = warpgroup_mma_wait(0, [b_left])
+    return b_left, b_right
+
+
+@gluon.jit
 def _release(bar, wide):
     """A stage is free once both groups are through with it, or the one whose step it is."""
     barrier()
@@ -230,12 +248,15 @@ def _clear_unread(
         b_v = tile.load(LAYOUT)
         tile.store(gl.where((o_n % CHUNK < seen)[:, None], b_v, 0.0))
     fence_async_shared()
+    barrier()
 
 
 @gluon.jit
 def _store(tile, p, i_p, m_r, b_x, first: gl.constexpr, V: gl.constexpr):
-    """Stores b_x [64, 64] as columns `first`.. of rows i_p of [.., V], by way of `tile`: lines are
-    written whole."""
+    """Stores b_x [64, 64] as columns `first`.. of rows i_p of [.., V], lines written whole.
+
+    By way of `tile`: Triton's own memory for changes of layout would be the same for both groups.
+    """
     tile.store(b_x)
     barrier()
     b_x = tile.load(ROWS)
@@ -354,17 +375,10 @@ def _consume(
                     bounds = _bounds(p_chunk + stride * STEP, CHUNKS, COLUMNS)
                     if unread:
                         _clear_unread(v_tiles, stage, p_chunk, advance, V_PARTS, CHUNK, COLUMNS)
-                        barrier()
                     p_chunk += stride * STEP
                     mbarrier.wait(k_ready.index(ahead % STAGES), ahead // STAGES & 1)
                     next_s = _scores(q_tile, k_tiles, ahead % STAGES, K_PARTS, S)
-                    left = warpgroup_mma(
-                        weights, v_tiles.index(stage * V_PARTS), b_left, is_async=True
-                    )
-                    if V_PARTS > 1:
-                        right = warpgroup_mma(
-                            weights, v_tiles.index(stage * V_PARTS + 1), b_right, is_async=True
-                        )
+                    left, right = _add_values(weights, v_tiles, stage, b_left, b_right, V_PARTS)
                     b_s = warpgroup_mma_wait(V_PARTS, [next_s])
                     _release(k_free.index(ahead % STAGES), wide)
                     b_p, b_max, b_sum, b_old = _weights(
@@ -372,28 +386,21 @@ def _consume(
                         S, CHUNK, USE_SOFTCAP,
                     )  # fmt: skip
                     o_old = gl.convert_layout(b_old, O_ROWS)[:, None]
+                    # Not later: the loop in this keeps the compiler from waiting for the products
+                    # before it has the weights computed.
                     mbarrier.wait(v_ready.index(ahead % STAGES), ahead // STAGES & 1)
-                    if V_PARTS > 1:
-                        b_left, b_right = warpgroup_mma_wait(0, [left, right])
-                        b_right = b_right * o_old
-                    else:
-                        b_left = warpgroup_mma_wait(0, [left])
+                    b_left, b_right = _wait_for_values(left, right, V_PARTS)
                     b_left = b_left * o_old
+                    if V_PARTS > 1:
+                        b_right = b_right * o_old
                     _release(v_free.index(stage), wide)
                     weights = gl.convert_layout(b_p.to(DTYPE), WEIGHTS)
                     at = ahead
                 stage = at % STAGES
                 if flags & 4 == 0:
                     _clear_unread(v_tiles, stage, p_chunk, advance, V_PARTS, CHUNK, COLUMNS)
-                    barrier()
-                left = warpgroup_mma(weights, v_tiles.index(stage * V_PARTS), b_left, is_async=True)
-                if V_PARTS > 1:
-                    right = warpgroup_mma(
-                        weights, v_tiles.index(stage * V_PARTS + 1), b_right, is_async=True
-                    )
-                    b_left, b_right = warpgroup_mma_wait(0, [left, right])
-                else:
-                    b_left = warpgroup_mma_wait(0, [left])
+                left, right = _add_values(weights, v_tiles, stage, b_left, b_right, V_PARTS)
+                b_left, b_right = _wait_for_values(left, right, V_PARTS)
                 _release(v_free.index(stage), wide)
             n += steps
 
