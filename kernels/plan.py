@@ -342,6 +342,7 @@ def make_plan(
     page_size: int,
     machine: Machine,
     ahead: int | None = None,
+    window: int | None = None,
 ) -> Plan:
     """Plans the attention of query rows over a prefix tree.
 
@@ -356,15 +357,17 @@ def make_plan(
         machine: what to cut tiles for.
         ahead: how far `Plan.positions` is going to be advanced; `None`: as far as the rows' nodes
             are long. 0 spares a prefill the reading of what its rows never see.
+        window: of the layers that the plan is for, as in `attention`: what lies before it for all
+            rows is left out. They can do with a plan for all tokens as well.
 
     Raises:
         ValueError: if the arguments contradict each other.
     """
     node, position = np.asarray(node), np.asarray(position)
     _check(nodes, node, position, heads, page_size)
-    forest = _compress(nodes, node)
+    forest = _compress(nodes, node, position, window)
     tiles = _query_tiles(forest, heads, machine)
-    runs = _runs(nodes, forest, tiles, position, ahead)
+    runs = _runs(nodes, forest, tiles, position, ahead, window)
     position = np.where(node < 0, _NOWHERE, position)
     tables = _tables(nodes, forest.rows, tiles, runs, position, page_size, heads, machine)
     return Plan(tables, heads)
@@ -383,13 +386,15 @@ class _Forest(NamedTuple):
     end: np.ndarray  # [A]
     levels: np.ndarray  # [D+1] chains of depth d are levels[d]..levels[d+1]-1
     parent: np.ndarray  # [C], -1 for a root
-    tokens: np.ndarray  # [C]
+    tokens: np.ndarray  # [C] those that a row sees
     first: np.ndarray  # [C] rows at or below are rows[first:first + queries]
     queries: np.ndarray  # [C]
     rows: np.ndarray  # [L] rows that see anything, in preorder of their nodes
 
 
-def _compress(nodes: Nodes, node: np.ndarray) -> _Forest:
+def _compress(
+    nodes: Nodes, node: np.ndarray, position: np.ndarray, window: int | None
+) -> _Forest:
     count = len(nodes.parent)
     own = np.bincount(node + 1, minlength=count + 1)
     rows = _stable_argsort(node + 1, count)[own[0] :]
@@ -414,7 +419,11 @@ def _compress(nodes: Nodes, node: np.ndarray) -> _Forest:
     above[alive] = np.cumsum(begins) - 1
     tokens = np.zeros(chains, np.int64)
     if chains:
-        tokens = np.add.reduceat(nodes.length[alive], first, dtype=np.int64)
+        length = nodes.length[alive]
+        if window is not None:
+            _, hindmost = extrema(position[rows], begin, end)
+            length = length - np.clip(hindmost - window + 1 - nodes.start[alive], 0, length)
+        tokens = np.add.reduceat(length, first, dtype=np.int64)
     return _Forest(
         alive,
         rank[above[alive]],
@@ -507,11 +516,17 @@ class _Runs(NamedTuple):
     end: np.ndarray  # [N]
     furthest: np.ndarray  # [N] the largest position of those
     hindmost: np.ndarray  # [N]
-    seen: np.ndarray  # [N] tokens that they see, or will
+    past: np.ndarray  # [N] tokens that lie before their windows
+    seen: np.ndarray  # [N] tokens that they see, or will, with those
 
 
 def _runs(
-    nodes: Nodes, forest: _Forest, tiles: _Tiles, position: np.ndarray, ahead: int | None
+    nodes: Nodes,
+    forest: _Forest,
+    tiles: _Tiles,
+    position: np.ndarray,
+    ahead: int | None,
+    window: int | None,
 ) -> _Runs:
     index = (forest.begin - tiles.origin) // tiles.room
     counts = (forest.end - 1 - tiles.origin) // tiles.room + 1 - index
@@ -539,7 +554,11 @@ def _runs(
         advance = np.minimum(advance, ahead)
     node = forest.alive[owner]
     seen = np.clip(furthest + advance[owner] + 1 - nodes.start[node], 1, nodes.length[node])
-    return _Runs(tile, node, begin - first, end - first, furthest, hindmost, seen)
+    past = np.zeros_like(seen)
+    if window is not None:
+        past = np.maximum(hindmost - window + 1 - nodes.start[node], 0)
+    runs = _Runs(tile, node, begin - first, end - first, furthest, hindmost, past, seen)
+    return _Runs(*(column[past < seen] for column in runs))
 
 
 def extrema(values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -564,14 +583,15 @@ def _tables(
     step = (sizes // size)[tiles.shape]  # chunks of it
 
     # Each tile's chunks, filled up to whole steps.
-    counts = -(-runs.seen // size)
-    last = np.append(_starts(runs.tile), len(runs.tile))[1:] - 1
-    full = np.diff(np.append(0, np.cumsum(counts)[last]))
+    skipped = runs.past // size
+    counts = -(-runs.seen // size) - skipped
+    full = np.bincount(runs.tile, counts, len(step)).astype(np.int64)
     lengths = -(-full // step)
-    counts[last] += lengths * step - full
+    last = np.append(_starts(runs.tile), len(runs.tile))[1:] - 1
+    counts[last] += (lengths * step - full)[runs.tile[last]]
     tile_ptr = _offsets(lengths * step)
     run, token = _expand(counts)
-    token *= size
+    token = (token + skipped[run]) * size
     node = runs.node[run]
     length, first = nodes.length[node], nodes.start[node] + token
     chunks = np.empty((len(run), COLUMNS["chunks"]), np.int32)

@@ -40,8 +40,8 @@ def reads(plan):
     )
 
 
-def assert_covers(tables, case: Case, position):
-    """Each visible (row, token) pair is in one block, and no block reads anything else."""
+def assert_covers(tables, case: Case, position, window=None):
+    """Each visible (row, token) pair is in one block, and no block has any other."""
     pairs = []
     for first_row, last_row, first, last in tables.blocks.tolist():
         rows = tables.rows[first_row:last_row].astype(np.int64)
@@ -53,8 +53,15 @@ def assert_covers(tables, case: Case, position):
         for_rows = tables.chunks[first:last, 5][chunk]
         seen = (index >= for_rows & 0xFFFF) & (index < for_rows >> 16)
         seen &= where <= position[rows][:, None]
+        if window is not None:
+            seen &= where > position[rows][:, None] - window
         pairs.append((rows[:, None] << 40 | token)[seen])
-    expected = [row << 40 | path_tokens(case, row, position[row]) for row in range(len(case.node))]
+    expected = []
+    for row in range(len(case.node)):
+        tokens = path_tokens(case, row, position[row])
+        if window is not None:
+            tokens = np.setdiff1d(tokens, path_tokens(case, row, position[row] - window))
+        expected.append(row << 40 | tokens)
     got, expected = np.concatenate([*pairs, []]), np.concatenate([*expected, []])
     assert np.array_equal(np.sort(got), np.sort(expected))
 
@@ -138,6 +145,26 @@ def test_positions_advance_within_their_nodes(case, machine, steps):
     position = case.position + steps
     assert_covers(make_plan(*case[:5], machine).tables, case, position)
     assert_covers(make_plan(*case[:5], machine, ahead=steps).tables, case, position)
+
+
+@given(cases(early=True), st.sampled_from(MACHINES), st.integers(1, 100), st.integers(0, 200))
+@settings(max_examples=150, deadline=None)
+def test_what_lies_before_the_windows_is_left_out(case, machine, window, steps):
+    plan = make_plan(*case[:5], machine, window=window)
+    assert_consistent(plan.tables, case.heads, machine, case.page_size)
+    position = case.position + min(steps, room(case))
+    assert_covers(plan.tables, case, case.position, window)
+    assert_covers(plan.tables, case, position, window)
+    chunks, size = plan.tables.chunks, machine.chunk(case.page_size)
+    assert (chunks[:, 4] - window < size)[chunks[:, 1] > 0].all()
+    assert plan.kv_tokens <= make_plan(*case[:5], machine).kv_tokens
+
+
+def test_a_window_bounds_what_is_read():
+    nodes = nodes_of([0, 1, 1], [2000, 100, 60])
+    tables = make_plan(nodes, [1, 2], [2099, 2059], HEADS, 16, MACHINES[0], window=50).tables
+    read = [tables.chunks[a:b, 1].sum() for a, b in tables.blocks[:, 2:].tolist()]
+    assert sum(read) <= 3 * (50 + 16)
 
 
 def machine_of(*costs, rows=(16, 64), partial=1):
