@@ -643,7 +643,12 @@ class PATCache(Cache):
 
     @torch.compiler.disable
     def begin(
-        self, batch: int, length: int, mask: torch.Tensor | None, device: torch.device
+        self,
+        batch: int,
+        length: int,
+        mask: torch.Tensor | None,
+        device: torch.device,
+        windowed: bool = False,
     ) -> torch.Tensor:
         """Plans a forward of `length` tokens for every request; several calls plan it once.
 
@@ -651,6 +656,7 @@ class PATCache(Cache):
             batch, length: shape of the forward's input.
             mask: bool [batch, columns + length] or `None`; its last columns tell new padding.
             device: where the plan goes.
+            windowed: whether it is for layers with windows.
 
         Returns:
             The plan, int32 [1, 1, ., .].
@@ -663,7 +669,7 @@ class PATCache(Cache):
         """
         step = self._next_step(batch, length, mask, device)
         step.asked = True
-        return step.tensor
+        return step.tensors[windowed]
 
     def _next_step(
         self, batch: int, length: int, mask: torch.Tensor | None, device: torch.device
@@ -785,25 +791,28 @@ class PATCache(Cache):
         self._room = room if length == 1 and len(ends) == self._columns.alive.sum() else 0
         longest = self._columns.longest + length + self._room
         self.opaque |= rotary.regime(self.rotaries, longest) != self._regime
-        plan = self.plan(order, node.ravel(), position.ravel(), device)
+        plans = self.plans(order, node.ravel(), position.ravel(), device)
         step = None
         if length == 1:
             step = self._workspace.steps.get((device, batch))
-        if step is None or not plan.fits(step.tensor.shape[2:]):
-            capacity = plan.shape
+        if step is None or not step.fits(plans):
+            capacities = [plan.shape for plan in plans]
             if length == 1 and self._decoder is not None and self._decoder.mode != "eager":
                 # As large as it gets in this call, and some more for forks and other prompts.
                 more = self.pool.pages(self._decoder.steps)
-                last = self.plan(order, node.ravel(), position.ravel(), device, more=more).shape
-                capacity = tuple(
-                    1 << (max(sizes) * 9 // 8).bit_length()
-                    for sizes in zip(plan.shape, last, strict=True)
-                )
-            step = Step(device, batch, length, capacity)
+                last = self.plans(order, node.ravel(), position.ravel(), device, more=more)
+                capacities = [
+                    tuple(
+                        1 << (max(sizes) * 9 // 8).bit_length()
+                        for sizes in zip(plan.shape, later.shape, strict=True)
+                    )
+                    for plan, later in zip(plans, last, strict=True)
+                ]
+            step = Step(device, batch, length, capacities)
             if length == 1:
                 self._workspace.steps[device, batch] = step
         return step.load(
-            plan,
+            plans,
             pages.ravel(),
             slots.ravel(),
             columns=length,
@@ -811,7 +820,7 @@ class PATCache(Cache):
             grown=grown,
         )
 
-    def plan(
+    def plans(
         self,
         order: Preorder,
         node: np.ndarray,
@@ -819,7 +828,7 @@ class PATCache(Cache):
         device: torch.device,
         ahead: int | None = None,
         more: int = 0,
-    ) -> Plan:
+    ) -> list[Plan]:
         """Plans query rows over the tree.
 
         Args:
@@ -831,7 +840,8 @@ class PATCache(Cache):
             more: pages that open leaves are to be planned with beyond their own.
 
         Returns:
-            The plan, for pages of this cache on that device.
+            The plan, for pages of this cache on that device; and if there are layers with windows,
+            theirs.
         """
         size = self.pool.page_size
         counts = [len(n.pages) + more * n.open for n in order.nodes]
@@ -852,7 +862,11 @@ class PATCache(Cache):
             ),
         )
         machine = Machine.of(device, self.heads)
-        return make_plan(nodes, node, position, self.heads, size, machine, ahead)
+        windows = [None, self.config.sliding_window] if windowed(self.config) else [None]
+        return [
+            make_plan(nodes, node, position, self.heads, size, machine, ahead, window)
+            for window in windows
+        ]
 
     # What a user asks
 
@@ -878,7 +892,7 @@ class PATCache(Cache):
             ends = [node for node in self.prefixes.ends if node.parent is not None]
             node = np.array([order.index[end] for end in ends], np.int32)
             position = np.array([end.end - 1 for end in ends], np.int32)
-            read = self.plan(order, node, position, self.device).kv_tokens
+            read = self.plans(order, node, position, self.device)[0].kv_tokens
         return Report(
             requests=len(self.prefixes),
             depth=max((len(self.prefixes.path(r)) for r in range(len(self.prefixes))), default=0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,21 +25,30 @@ class KVLength(int):
 
 
 class Step:
-    """What the layers need in one forward: the plan, and where the new tokens go.
+    """What the layers need in one forward: plans, and where the new tokens go.
 
     Its tensors keep their addresses when another plan is loaded, so that graphs may hold them.
 
     Args:
         device: where the plan goes.
         batch, length: shape of the forward's input.
-        capacity: (C, W) of the plans to come.
+        capacities: (C, W) of the plans to come, one for each kind of layer.
     """
 
-    def __init__(self, device: torch.device, batch: int, length: int, capacity: tuple[int, int]):
+    def __init__(
+        self,
+        device: torch.device,
+        batch: int,
+        length: int,
+        capacities: Sequence[tuple[int, int]],
+    ):
         self.shape = (batch, length)
         # Tensors made in inference mode could not be advanced outside of it.
         with torch.inference_mode(False):
-            self.tensor = torch.empty((1, 1, *capacity), dtype=torch.int32, device=device)
+            self.tensors = [
+                torch.empty((1, 1, *capacity), dtype=torch.int32, device=device)
+                for capacity in capacities
+            ]
             targets = torch.empty((2, batch * length), dtype=torch.int64, device=device)
         self._targets = {device: targets}
         self.columns, self.real, self.grown = 0, None, {}
@@ -50,19 +60,24 @@ class Step:
         """Whether the forward is of tree nodes; it lengthens no request."""
         return self.columns == 0
 
+    def fits(self, plans: Sequence[Plan]) -> bool:
+        """Whether there is room for these plans."""
+        pairs = zip(plans, self.tensors, strict=True)
+        return all(plan.fits(tensor.shape[2:]) for plan, tensor in pairs)
+
     def load(
         self,
-        plan: Plan,
+        plans: Sequence[Plan],
         pages: np.ndarray,
         slots: np.ndarray,
         columns: int,
         real: np.ndarray | None = None,
         grown: dict[int, int] | None = None,
     ) -> Step:
-        """Makes this the step of a plan.
+        """Makes this the step of a forward.
 
         Args:
-            plan: of the forward's query rows; fits the capacity.
+            plans: of its query rows, for each kind of layer; they fit.
             pages, slots: int64 [batch * length], where each token is stored.
             columns: by how much the forward lengthens every request, padding included.
             real: bool [batch, columns], padding `False`; `None` where there is none.
@@ -71,9 +86,10 @@ class Step:
         self.columns, self.real, self.grown = columns, real, grown or {}
         self.asked = False
         self.written = set()
-        source = plan.elements(self.tensor.shape[2:])
-        held = self.tensor.view(-1)[: len(source)]
-        held.copy_(staged(source, self.tensor.device), non_blocking=True)
+        for plan, tensor in zip(plans, self.tensors, strict=True):
+            source = plan.elements(tensor.shape[2:])
+            held = tensor.view(-1)[: len(source)]
+            held.copy_(staged(source, tensor.device), non_blocking=True)
         for targets in self._targets.values():
             source = staged(torch.from_numpy(np.stack([pages, slots])), targets.device)
             targets.copy_(source, non_blocking=True)
@@ -88,7 +104,8 @@ class Step:
 
     def advance(self) -> None:
         """Moves every request one token on, inside the pages that it has."""
-        Plan.positions(self.tensor).add_(1)
+        for tensor in self.tensors:
+            Plan.positions(tensor).add_(1)
         for targets in self._targets.values():
             targets[1].add_(1)
         self.asked = False

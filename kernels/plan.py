@@ -392,9 +392,7 @@ class _Forest(NamedTuple):
     rows: np.ndarray  # [L] rows that see anything, in preorder of their nodes
 
 
-def _compress(
-    nodes: Nodes, node: np.ndarray, position: np.ndarray, window: int | None
-) -> _Forest:
+def _compress(nodes: Nodes, node: np.ndarray, position: np.ndarray, window: int | None) -> _Forest:
     count = len(nodes.parent)
     own = np.bincount(node + 1, minlength=count + 1)
     rows = _stable_argsort(node + 1, count)[own[0] :]

@@ -160,8 +160,9 @@ def pat_mask(
                 "This model changes the causal mask (chunks, bidirectional blocks or the like), "
                 "which PATCache does not support. Use DynamicCache for this input."
             )
-        plan = cache.begin(batch_size, q_length, attention_mask, torch.device(device))
-        return plan if local_size is None else plan.expand(-1, 2, -1, -1)
+        windowed = local_size is not None
+        plan = cache.begin(batch_size, q_length, attention_mask, torch.device(device), windowed)
+        return plan.expand(-1, 2, -1, -1) if windowed else plan
     return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,

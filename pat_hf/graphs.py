@@ -51,7 +51,7 @@ class Pages(Cache):
         self.layers = {
             i: LayerPages(*layer, *step.targets(layer[0].device)) for i, layer in layers.items()
         }
-        self._plan = step.tensor
+        self._plans = step.tensors
 
     @property
     def is_sliding(self) -> list[bool]:
@@ -66,8 +66,10 @@ class Pages(Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return KVLength(query_length, self), 0
 
-    def begin(self, *args: Any) -> torch.Tensor:
-        return self._plan
+    def begin(
+        self, batch: int, length: int, mask: Any, device: torch.device, windowed: bool
+    ) -> torch.Tensor:
+        return self._plans[windowed]
 
     def update(
         self,
@@ -263,7 +265,7 @@ class Decoder:
                 cache.dtype,
                 cache.pool.page_size,
                 cache.pool.memory.moves,
-                cache.step.tensor.data_ptr(),
+                tuple(tensor.data_ptr() for tensor in cache.step.tensors),
             )
             # One for a batch: what an older one was captured for is over.
             known, graph = workspace.graphs.pop(shape, (None, None))

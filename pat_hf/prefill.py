@@ -107,9 +107,9 @@ def packed(
             if done + most < len(ends):
                 stop = min(stop, int(ends[done + most]))
             token, position, node, page, slot = rows[:, first:stop]
-            plan = cache.plan(order, node, position, device, ahead=0)
-            step = Step(device, 1, stop - first, plan.shape)
-            cache.announce(step.load(plan, page, slot, columns=0))
+            plans = cache.plans(order, node, position, device, ahead=0)
+            step = Step(device, 1, stop - first, [plan.shape for plan in plans])
+            cache.announce(step.load(plans, page, slot, columns=0))
             here = ends[done : np.searchsorted(ends, stop)] - first
             inputs = {"position_ids": _moved(position, device)[None]}
             if feed is None:

@@ -35,12 +35,12 @@ class Rerun(graphs.Graph):
         self._frequencies = rotary.Frequencies(cache.rotaries)
         self._inputs = {k: x for k, x in inputs.items() if k != "past_key_values"}
         self._step = cache.step
-        self._address = cache.step.tensor.data_ptr()
+        self._address = cache.step.tensors[0].data_ptr()
         self(inputs, regime)
 
     def __call__(self, inputs, regime):
         cache = self._cache()
-        assert cache.step is self._step and cache.step.tensor.data_ptr() == self._address
+        assert cache.step is self._step and cache.step.tensors[0].data_ptr() == self._address
         for name, held in self._given.items():
             held.copy_(inputs[name])
         self._frequencies.load(inputs["position_ids"], regime)

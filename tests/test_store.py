@@ -169,7 +169,7 @@ def test_the_batch_is_reported_without_what_is_kept():
         order = cache.prefixes.preorder()
         node = np.array([order.index[end] for end in cache.prefixes.ends], np.int32)
         position = np.array([end.end - 1 for end in cache.prefixes.ends], np.int32)
-        plan = cache.plan(order, node, position, torch.device("cpu"))
+        plan = cache.plans(order, node, position, torch.device("cpu"))[0]
         plans.append((plan.tensor(torch.device("cpu")).shape, plan.kv_tokens))
     assert plans[0] == plans[1]
 
