@@ -13,6 +13,7 @@ from transformers.generation import EosTokenCriteria
 
 import pat_hf
 from pat_hf.cache.page_pool import SINK
+from pat_hf.kernels.plan import Plan
 
 from .models import CORE, VOCABULARY, batch, pair
 
@@ -56,6 +57,18 @@ def test_same_tokens(name, prompts):
     inputs = batch(BATCHES[prompts])
     ours = generate(pat, inputs, pat_hf.PATCache(pat), do_sample=False)
     assert torch.equal(ours, generate(stock, inputs, do_sample=False))
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Gemma 2"])
+def test_layers_with_windows_read_no_more_than_is_in_them(name):
+    stock, pat = pair(name)
+    cache = pat_hf.PATCache(pat, page_size=16)
+    inputs = batch([text(300, 7) + text(n, n) for n in (20, 30)])
+    ours = generate(pat, inputs, cache, do_sample=False)
+    assert torch.equal(ours, generate(stock, inputs, do_sample=False))
+    tokens = [Plan.read(plan).chunks[:, 1].sum() for plan in cache.step.tensors]
+    # A window of 19 lies in 3 chunks of 16 at most; what is generated takes 4 more.
+    assert tokens[0] > 300 and tokens[1] <= 2 * 7 * 16
 
 
 @pytest.mark.parametrize("mode", MODES)
