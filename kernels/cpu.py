@@ -122,7 +122,7 @@ def _work(
     counts = np.diff(tables.merge_ptr)
     rows, split = len(tables.positions), tables.merge_rows[counts > 0].astype(np.int64)
     owner = np.empty(len(tables.slots), np.int64)
-    owner[tables.slots] = np.repeat(split, counts[counts > 0])
+    owner[tables.slots] = np.repeat(tables.merge_rows, counts)
     return _Work(
         jobs,
         rows,

@@ -186,7 +186,7 @@ class Tables(NamedTuple):
         blocks: [B, 4] first row, end row (into `rows`), first chunk, end chunk.
         rows: [K] query rows, B * T of q [B, heads, T, dim] counted as b * T + t.
         slots: where the partials are, row by row.
-        merge_rows: [M] the rows that have more than one block, or none.
+        merge_rows: [M] the rows whose output no block writes: those of partials, or of no block.
         merge_ptr: [M+1], the partials of row merge_rows[i] are slots[merge_ptr[i]:merge_ptr[i+1]].
         positions: [R or more] of the query rows, far below 0 if they see nothing; what follows
             the first R is padding.
@@ -552,11 +552,13 @@ def _runs(
         advance = np.minimum(advance, ahead)
     node = forest.alive[owner]
     seen = np.clip(furthest + advance[owner] + 1 - nodes.start[node], 1, nodes.length[node])
-    past = np.zeros_like(seen)
-    if window is not None:
-        past = np.maximum(hindmost - window + 1 - nodes.start[node], 0)
-    runs = _Runs(tile, node, begin - first, end - first, furthest, hindmost, past, seen)
-    return _Runs(*(column[past < seen] for column in runs))
+    runs = _Runs(
+        tile, node, begin - first, end - first, furthest, hindmost, np.zeros_like(seen), seen
+    )
+    if window is None:
+        return runs
+    past = np.maximum(hindmost - window + 1 - nodes.start[node], 0)
+    return _Runs(*(column[past < seen] for column in runs._replace(past=past)))
 
 
 def extrema(values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -606,9 +608,10 @@ def _tables(
     bounds = np.searchsorted(tiles.shape, np.arange(len(machine.shapes) + 1))
     cut = np.zeros(len(chunks) + 1, bool)
     for i, (shape, a, b) in enumerate(zip(machine.shapes, bounds, bounds[1:], strict=False)):
-        if a < b:
+        some = lengths[a:b][lengths[a:b] > 0]  # a tile has none if its windows are empty
+        if len(some):
             programs = max(shape.programs // heads.kv, 1)
-            cuts = _cuts(lengths[a:b], programs, shape.least // int(sizes[i]))
+            cuts = _cuts(some, programs, shape.least // int(sizes[i]))
             cut[tile_ptr[a] + cuts * (sizes[i] // size)] = True
     cut[-1] = True
     lanes = np.flatnonzero(cut)
@@ -619,6 +622,7 @@ def _tables(
     blocks = np.empty((len(begin), COLUMNS["blocks"]), np.int32)
     blocks[:, 2], blocks[:, 3] = begin, end
     slots = owners = np.zeros(0, np.int64)
+    written = np.zeros(len(position), bool)
     if len(blocks):
         # Of a tile, a block has the rows that its chunks are for.
         least = np.minimum.reduceat(runs.begin[run], begin)
@@ -630,7 +634,9 @@ def _tables(
         entry = blocks[entry, 0] + index
         single = np.bincount(entry, minlength=len(rows))[entry] == 1
         partial = ~np.logical_and.reduceat(single, _offsets(counts)[:-1])
-        owners = rows[entry[np.repeat(partial, counts)]]
+        waits = np.repeat(partial, counts)
+        owners = rows[entry[waits]]
+        written[rows[entry[~waits]]] = True
         slots = _stable_argsort(owners, len(position))
         block = np.repeat(np.arange(len(blocks)), end - begin)
         seeing = runs.begin[run] - least[block], runs.end[run] - least[block]
@@ -653,8 +659,7 @@ def _tables(
     for column, starts in ((2, begin), (4, lanes)):
         at = np.searchsorted(starts, bounds)
         shapes[:, column], shapes[:, column + 1] = at[:-1], at[1:]
-    partials = np.bincount(owners, minlength=len(position))
-    merge_rows = np.flatnonzero((partials > 0) | (np.bincount(rows, minlength=len(position)) == 0))
+    merge_rows = np.flatnonzero(~written)
     first = np.searchsorted(blocks[:, 2], lanes)
     of_first = np.append(blocks[:, :2], [[0, 0]], 0)[first]
     return Tables(
@@ -665,7 +670,7 @@ def _tables(
         rows.astype(np.int32),
         slots.astype(np.int32),
         merge_rows.astype(np.int32),
-        _offsets(partials[merge_rows]).astype(np.int32),
+        _offsets(np.bincount(owners, minlength=len(position))[merge_rows]).astype(np.int32),
         position.astype(np.int32),
         page_size,
     )

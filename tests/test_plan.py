@@ -167,6 +167,17 @@ def test_a_window_bounds_what_is_read():
     assert sum(read) <= 3 * (50 + 16)
 
 
+@pytest.mark.parametrize("machine", MACHINES)
+def test_rows_whose_windows_are_empty_are_left_to_the_merge(machine):
+    nodes = nodes_of([0, 1, 1], [40, 20, 30])
+    tables = make_plan(nodes, [1, 2], [59, 500], HEADS, 16, machine, window=5).tables
+    partials = dict(zip(tables.merge_rows.tolist(), np.diff(tables.merge_ptr), strict=True))
+    assert partials[1] == 0 and 1 not in tables.rows[tables.blocks[0, 0] : tables.blocks[0, 1]]
+    assert (tables.chunks[:, 1] > 0).any()
+    none = make_plan(nodes, [1, 2], [500, 500], HEADS, 16, machine, window=5).tables
+    assert none.merge_rows.tolist() == [0, 1] and not len(none.blocks)
+
+
 def machine_of(*costs, rows=(16, 64), partial=1):
     """Shapes of so many rows; a token costs `costs`, a block nothing beside its tokens."""
     shapes = (Shape(m, 16, 1 << 30, 1 << 20, cost, 0) for m, cost in zip(rows, costs, strict=True))
