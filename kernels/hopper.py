@@ -135,6 +135,7 @@ def _load_queries(
         m_q = m_r[:, None] & (part * 64 + o_k < K)[None, :]
         b_q = gl.load(p_q[:, None] + (part * 64 + o_k)[None, :], mask=m_q, other=0.0)
         q_tile.index(part).store(b_q)
+    fence_async_shared()
 
 
 @gluon.jit
