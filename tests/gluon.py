@@ -19,6 +19,7 @@ import torch
 from pat_hf.kernels import hopper
 
 PATIENCE = 60  # seconds, until what is waited for counts as never coming
+_unfenced = threading.local()  # where this thread has stored since its last fence
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,13 @@ class Memory:
 
     def store(self, x: torch.Tensor) -> None:
         self.tensor.copy_(x)
+        vars(_unfenced).setdefault("places", set()).add(self.tensor.data_ptr())
+
+    def read(self) -> torch.Tensor:
+        """As the matrix units do."""
+        if self.tensor.data_ptr() in vars(_unfenced).get("places", ()):
+            raise RuntimeError("What was stored is multiplied without a fence between.")
+        return self.tensor.float()
 
 
 class Barrier:
@@ -130,13 +138,12 @@ def _copy(desc: Any, where: list[Any], bar: Barrier, to: Memory) -> None:
     inside = row * desc.strides[0] + torch.arange(rows)[:, None] * desc.strides[0]
     column = column + torch.arange(columns)
     x = _load(source + (inside + column), (column < desc.shape[1]).expand(rows, columns), 0.0)
-    to.store(x)
+    to.tensor.copy_(x)
     bar.come(0, -x.numel() * x.element_size())
 
 
 def _multiply(a: Any, b: Memory, acc: torch.Tensor, use_acc: bool = True, is_async: bool = False):
-    a = a.tensor if isinstance(a, Memory) else a
-    product = a.float() @ b.tensor.float()
+    product = (a.read() if isinstance(a, Memory) else a.float()) @ b.read()
     return acc + product if use_acc else product
 
 
@@ -194,7 +201,7 @@ class Program:
             "warpgroup_mma": _multiply,
             "warpgroup_mma_wait": lambda left, deps: deps if len(deps) > 1 else deps[0],
             "async_load": _copy,
-            "fence_async_shared": nothing,
+            "fence_async_shared": lambda: vars(_unfenced).pop("places", None),
             "barrier": nothing,
         }
 
