@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import triton
 
 from pat_hf.kernels import hopper
 
@@ -67,14 +68,18 @@ class Memory:
     def index(self, i: Any) -> Memory:
         return Memory(self.tensor[int(i)])
 
-    def slice(self, first: int, count: int) -> Memory:
-        return Memory(self.tensor[first : first + count])
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def slice(self, first: int, count: int, dim: int = 0) -> Memory:
+        return Memory(self.tensor.narrow(dim, first, count))
 
     def permute(self, order: tuple[int, ...]) -> Memory:
         return Memory(self.tensor.permute(order))
 
     def load(self, layout: Any) -> torch.Tensor:
-        return self.tensor.clone()
+        return self.tensor.long() if self.tensor.dtype == torch.int32 else self.tensor.clone()
 
     def store(self, x: torch.Tensor) -> None:
         self.tensor.copy_(x)
@@ -142,6 +147,10 @@ def _copy(desc: Any, where: list[Any], bar: Barrier, to: Memory) -> None:
     bar.come(0, -x.numel() * x.element_size())
 
 
+def _copy_rows(to: Memory, p: Pointer, mask: Any) -> None:
+    to.tensor.copy_(_load(p, mask, 0.0))
+
+
 def _multiply(a: Any, b: Memory, acc: torch.Tensor, use_acc: bool = True, is_async: bool = False):
     product = (a.read() if isinstance(a, Memory) else a.float()) @ b.read()
     return acc + product if use_acc else product
@@ -156,7 +165,8 @@ class Program:
         def allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Memory | Barriers:
             if dtype == torch.int64:
                 return Barriers(shape, changed)
-            return Memory(torch.full(shape, torch.nan, dtype=dtype))
+            unset = torch.nan if dtype.is_floating_point else 1 << 30
+            return Memory(torch.full(shape, unset, dtype=dtype))
 
         def pair(function: Callable[..., Any]) -> Callable[..., Any]:
             return lambda a, b: function(torch.as_tensor(a), torch.as_tensor(b))
@@ -201,6 +211,8 @@ class Program:
             "warpgroup_mma": _multiply,
             "warpgroup_mma_wait": lambda left, deps: deps if len(deps) > 1 else deps[0],
             "async_load": _copy,
+            "async_copy": SimpleNamespace(commit_group=nothing, wait_group=nothing),
+            "copy_rows": _copy_rows,
             "fence_async_shared": lambda: vars(_unfenced).pop("places", None),
             "barrier": nothing,
         }
@@ -235,6 +247,8 @@ class Kernel:
         for name, value in list(vars(module).items()):
             if hasattr(value, "fn"):
                 setattr(module, name, value.fn)
+            elif isinstance(value, triton.language.constexpr):
+                setattr(module, name, value.value)
 
         def launch(*args: Any, **options: Any) -> None:
             known = inspect.signature(module.hopper_kernel).parameters
