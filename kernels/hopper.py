@@ -152,8 +152,9 @@ def _fetch(
     """Copies the queries of a group's blocks, and their rows' numbers and positions."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     PIECE: gl.constexpr = 16
+    PIECE_ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     o_m = gl.arange(0, 64, layout=gl.BlockedLayout([1], [32], [1], [0]))
-    o_i = gl.arange(0, PIECE, layout=gl.SliceLayout(1, LAYOUT))
+    o_i = gl.arange(0, PIECE, layout=PIECE_ROWS)
     o_k = gl.arange(0, 64, layout=gl.SliceLayout(0, LAYOUT))
     p_lanes = plan + 2 * W + LANES
     p_blocks = plan + gl.load(plan + 10)
@@ -181,11 +182,14 @@ def _fetch(
                 p_rows = p_all_rows + row
                 mbarrier.wait(free.index(slot), (n // 2 & 1) ^ 1)
                 i_m = gl.load(p_rows + (first + o_m) // G, mask=first + o_m < count, other=0)
+                i_p = gl.load(plan + W + i_m)
                 numbers.index(slot * 2).store(i_m)
+                barrier()
                 for i in gl.static_range(64 // PIECE):
                     o_r = first + i * PIECE + o_i
                     m_r = o_r < count
-                    i_r = gl.load(p_rows + o_r // G, mask=m_r, other=0)
+                    # Few registers: from memory they would come one after the other.
+                    i_r = numbers.index(slot * 2).slice(i * PIECE, PIECE).load(PIECE_ROWS)
                     i_hq = i_h * G + o_r % G
                     p_q = q + (i_r.to(gl.int64) * sq_r + i_hq.to(gl.int64) * sq_h)
                     to = tiles.index(slot).slice(i * PIECE, PIECE)
@@ -194,7 +198,7 @@ def _fetch(
                         p_x = p_q[:, None] + (part * 64 + o_k)[None, :]
                         copy_rows(to.slice(part * 64, 64, dim=1), p_x, mask=m_q)
                 async_copy.commit_group()
-                numbers.index(slot * 2 + 1).store(gl.load(plan + W + i_m))
+                numbers.index(slot * 2 + 1).store(i_p)
                 async_copy.wait_group(0)
                 barrier()
                 mbarrier.arrive(ready.index(slot), count=1)

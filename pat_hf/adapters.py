@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from pat_hf.support import modules
+
 BASE = "__base__"  # PEFT's name for no adapter
 WRAPPERS = ("base_layer", "original_module")  # and for what an adapter was put around
 
@@ -21,7 +23,7 @@ def layers(model: nn.Module) -> list[nn.Module]:
     # A property in PEFT's layers; Transformers' models have a method of that name.
     return [
         module
-        for module in model.modules()
+        for module in modules(model)
         if isinstance(getattr(type(module), "disable_adapters", None), property)
     ]
 
@@ -72,7 +74,7 @@ def refuse_virtual_tokens(model: nn.Module) -> None:
     wrapper = getattr(model.prepare_inputs_for_generation, "__self__", None)
     config = getattr(wrapper, "active_peft_config", None)
     kind = config.peft_type.value if getattr(config, "is_prompt_learning", False) else None
-    if "peft" in sys.modules and any(hasattr(x, "adaption_prompt") for x in model.modules()):
+    if "peft" in sys.modules and any(hasattr(x, "adaption_prompt") for x in modules(model)):
         kind = "ADAPTION_PROMPT"
     if kind is not None:
         raise ValueError(

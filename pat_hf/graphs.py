@@ -24,6 +24,7 @@ from pat_hf.cache.step import KVLength, Step
 from pat_hf.cache.workspace import Workspace
 from pat_hf.kernels.ops import store
 from pat_hf.projections import joined, lay_together
+from pat_hf.support import modules
 
 logger = logging.get_logger(__name__)
 
@@ -213,7 +214,9 @@ class Decoder:
             lay_together(model)
             self._state = _state(model)
             # lay_together, in another thread, leaves alone what something refers to.
-            self._weights = [x.data for x in model.parameters()]
+            self._weights = [
+                x.data for y in modules(model) for x in y._parameters.values() if x is not None
+            ]
 
     def end_step(self, undone: bool) -> None:
         """Keeps the random numbers as they would be without the step that a late stop undoes."""
@@ -309,15 +312,19 @@ def _obstacle(model: PreTrainedModel) -> str | None:
         return "autocast is on"
     if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None):
         return "all pages, as many as there are, are expanded in each step (latent attention)"
-    for name, module in model.named_modules():
+    for module in modules(model):
+        reason = None
         if getattr(vars(module).get("_hf_hook"), "offload", False):
-            return f"{name or 'the model'} is offloaded"
+            reason = "is offloaded"
         if rotary.on_the_host(module):
-            return f"{name} looks at the positions on the host"
+            reason = "looks at the positions on the host"
         for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
             # Transformers' own note hidden states, where asked for.
             if getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
-                return f"{name or 'the model'} has forward hooks, which a replay would not run"
+                reason = "has forward hooks, which a replay would not run"
+        if reason is not None:
+            name = next(name for name, x in model.named_modules() if x is module)
+            return f"{name or 'the model'} {reason}"
     return None
 
 
@@ -325,7 +332,7 @@ def _state(model: PreTrainedModel) -> Hashable:
     """What a captured step takes for granted: where weights lie, and how modules are switched."""
     state: list[Hashable] = [str(model.get_experts_implementation())]
     moving = rotary.scaled(model)  # graphs hold their buffers elsewhere
-    for module in model.modules():
+    for module in modules(model):
         buffers = () if module in moving else module._buffers.values()
         tensors = (*module._parameters.values(), *buffers)
         state.append((module.training, *(_addresses(x) for x in tensors if x is not None)))
@@ -336,6 +343,8 @@ def _state(model: PreTrainedModel) -> Hashable:
 
 
 def _addresses(x: torch.Tensor) -> Hashable:
+    if type(x) in (nn.Parameter, torch.Tensor):  # told apart fast
+        return x.data_ptr()
     if is_traceable_wrapper_subclass(x):  # a quantised weight, say, and its scales
         return tuple(_addresses(getattr(x, name)) for name in x.__tensor_flatten__()[0])
     return x.data_ptr()
@@ -347,9 +356,7 @@ def _compiled_layers(model: PreTrainedModel, held: Pages) -> Iterator[None]:
 
     Other threads' forwards go by the layers as they are; those that are to be compiled wait.
     """
-    layers = [
-        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
-    ]
+    layers = [module for module in modules(model) if isinstance(module, GradientCheckpointingLayer)]
     # Every batch and kind of layer counts as a recompilation; equal sizes are a coincidence; what
     # is done to q and to k can be one kernel.
     options = (
@@ -364,7 +371,7 @@ def _compiled_layers(model: PreTrainedModel, held: Pages) -> Iterator[None]:
             raise TypeError("some decoder layers store no K and V of their own")
         try:
             for layer in layers:
-                number = next(x.layer_idx for x in layer.modules() if hasattr(x, "layer_idx"))
+                number = next(x.layer_idx for x in modules(layer) if "layer_idx" in vars(x))
                 layer.forward = functools.partial(_run_layer, layer, held, held.layers[number])
             with ExitStack() as stack:
                 for option in options:

@@ -217,7 +217,7 @@ def _checked_mask(
         )
     else:
         values = attention_mask.cpu().numpy()
-        if not np.isin(values, (0, 1)).all():
+        if not ((values == 0) | (values == 1)).all():
             raise ValueError(
                 f"attention_mask holds {np.unique(values)[:5]}; only 1 (token) and 0 (padding) "
                 "have a meaning here."

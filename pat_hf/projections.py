@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from pat_hf.support import modules
+
 # As Transformers names the layers that its attention and MLPs feed the same tensor.
 _NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -83,11 +85,14 @@ class _Projection(nn.Linear):
         whole: tuple[torch.Tensor, torch.Tensor | None],
         held: list[tuple[torch.Tensor, torch.Tensor] | None],
     ):
-        nn.Module.__init__(self)
-        vars(self).update(vars(linears[index]))
-        self.first = sum(x.out_features for x in linears[:index])
-        self.last = index == len(linears) - 1
-        self.whole, self.held = whole, held
+        # What nn.Module would set up is that layer's, and takes long to.
+        vars(self).update(
+            vars(linears[index]),
+            first=sum(x.out_features for x in linears[:index]),
+            last=index == len(linears) - 1,
+            whole=whole,
+            held=held,
+        )
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         pair = self.held[0]
@@ -99,32 +104,40 @@ class _Projection(nn.Linear):
 
 def _siblings(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...], list[nn.Linear]]]:
     """Modules with layers of the same input; their names, and they."""
-    for parent in model.modules():
+    for parent in modules(model):
         for names in _NAMES:
             linears = [parent._modules.get(name) for name in names]
-            if all(type(x) is nn.Linear and "forward" not in vars(x) for x in linears):
-                kinds = {
-                    (x.in_features, x.bias is None, x.weight.dtype, x.weight.device)
-                    for x in linears
-                }
-                if len(kinds) == 1:
-                    yield parent, names, linears
+            if not all(map(_plain, linears)):
+                continue
+            own = [x._parameters for x in linears]  # which nn.Module is slow to look up
+            kinds = {(x["weight"].dtype, x["weight"].device, x["bias"] is None) for x in own}
+            if len(kinds) == 1 == len({x.in_features for x in linears}):
+                yield parent, names, linears
+
+
+def _plain(layer: nn.Module | None) -> bool:
+    """Whether it is a linear layer and no more: not pruned or parametrized, say."""
+    return (
+        type(layer) is nn.Linear
+        and "forward" not in vars(layer)
+        and layer._parameters.keys() == {"weight", "bias"}
+    )
 
 
 def _parameters(linears: list[nn.Linear]) -> Iterator[list[nn.Parameter]]:
     """Their weights; their biases, if they have any."""
-    yield [x.weight for x in linears]
-    if linears[0].bias is not None:
-        yield [x.bias for x in linears]
+    for name in ("weight", "bias"):
+        if linears[0]._parameters[name] is not None:
+            yield [x._parameters[name] for x in linears]
 
 
 def _lie_together(tensors: list[torch.Tensor]) -> bool:
-    return all(type(x.data) is torch.Tensor for x in tensors) and all(
-        a.is_contiguous()
+    return all(
+        a.data_ptr() + a.nbytes == b.data_ptr()
+        and a.is_contiguous()
         and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
-        and a.data_ptr() + a.nbytes == b.data_ptr()
         for a, b in pairwise(tensors)
-    )
+    ) and all(type(x.data) is torch.Tensor for x in tensors)
 
 
 def _alone(tensor: torch.Tensor) -> bool:

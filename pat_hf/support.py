@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pat_hf.kernels.plan import Heads
@@ -29,8 +32,8 @@ def supported_config(model: PreTrainedModel) -> PretrainedConfig:
         others = {"recurrence"}
     shapes = {
         (layer.num_key_value_groups, getattr(layer, "head_dim", None))
-        for layer in model.modules()
-        if hasattr(layer, "num_key_value_groups") and layer.config is config
+        for layer in modules(model)
+        if "num_key_value_groups" in vars(layer) and layer.config is config
     }
     if model.config.is_encoder_decoder:
         reason = "it is an encoder-decoder model"
@@ -58,6 +61,18 @@ def supported_config(model: PreTrainedModel) -> PretrainedConfig:
     raise ValueError(
         f"PATCache can't hold {name}'s keys and values: {reason}. Use DynamicCache for this model."
     )
+
+
+def modules(model: nn.Module) -> Iterator[nn.Module]:
+    """What `model.modules()` yields, in its order, in a fraction of the time: every call looks."""
+    found: set[nn.Module] = set()
+    waiting = [model]
+    while waiting:
+        module = waiting.pop()
+        if module is not None and module not in found:
+            found.add(module)
+            yield module
+            waiting.extend(reversed(module._modules.values()))
 
 
 def windowed(config: PretrainedConfig) -> bool:

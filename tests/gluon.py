@@ -174,6 +174,7 @@ class Program:
         def nothing(*args: Any, **kwargs: Any) -> None:
             return None
 
+        waits = SimpleNamespace(gdc_launch_dependents=nothing, gdc_wait=nothing)
         language = SimpleNamespace(
             **{name: getattr(torch, name) for name in ("int32", "int64", "float32")},
             **{name: getattr(torch, name) for name in ("exp2", "log2", "where")},
@@ -198,9 +199,7 @@ class Program:
         language.SwizzledSharedLayout = nothing
         self.names = {
             "gl": language,
-            "tl": SimpleNamespace(
-                extra=SimpleNamespace(cuda=SimpleNamespace(gdc_launch_dependents=nothing))
-            ),
+            "tl": SimpleNamespace(extra=SimpleNamespace(cuda=waits)),
             "mbarrier": SimpleNamespace(
                 MBarrierLayout=nothing,
                 init=lambda bar, count: bar.init(count),

@@ -304,6 +304,7 @@ def test_what_a_replay_would_miss_is_left_to_the_model():
 
     class OnGpu:
         device, hf_device_map, config = torch.device("cuda"), {}, pat.config
+        _modules, _forward_hooks, _forward_pre_hooks = pat._modules, {}, {}
 
         def named_modules(self):
             return pat.named_modules()

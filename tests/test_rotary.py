@@ -160,6 +160,7 @@ def test_a_scale_that_is_chosen_on_the_host_is_not_captured():
     class OnGpu:
         device, hf_device_map, config = torch.device("cuda"), {}, pat.config
         named_modules = pat.named_modules
+        _modules, _forward_hooks, _forward_pre_hooks = pat._modules, {}, {}
 
     assert "on the host" in graphs._obstacle(OnGpu)
 
