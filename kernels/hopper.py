@@ -138,7 +138,7 @@ def _fetch(
     W,
     sq_r,
     sq_h,
-    tiles,
+    tile,
     numbers,
     ready,
     free,
@@ -177,31 +177,31 @@ def _fetch(
             wide, alone, mine = _turns(count, (next_begin - begin) // CHUNKS, turn, GROUP)
             turn += alone.to(gl.int32)
             if mine:
-                slot = n % 2
+                i_n = n % 2 * 2
                 first = wide * (64 * GROUP)
                 p_rows = p_all_rows + row
-                mbarrier.wait(free.index(slot), (n // 2 & 1) ^ 1)
+                mbarrier.wait(free.index(0), (n & 1) ^ 1)
                 i_m = gl.load(p_rows + (first + o_m) // G, mask=first + o_m < count, other=0)
                 i_p = gl.load(plan + W + i_m)
-                numbers.index(slot * 2).store(i_m)
+                numbers.index(i_n).store(i_m)
                 barrier()
                 for i in gl.static_range(64 // PIECE):
                     o_r = first + i * PIECE + o_i
                     m_r = o_r < count
                     # Few registers: from memory they would come one after the other.
-                    i_r = numbers.index(slot * 2).slice(i * PIECE, PIECE).load(PIECE_ROWS)
+                    i_r = numbers.index(i_n).slice(i * PIECE, PIECE).load(PIECE_ROWS)
                     i_hq = i_h * G + o_r % G
                     p_q = q + (i_r.to(gl.int64) * sq_r + i_hq.to(gl.int64) * sq_h)
-                    to = tiles.index(slot).slice(i * PIECE, PIECE)
+                    to = tile.slice(i * PIECE, PIECE)
                     for part in gl.static_range((K + 63) // 64):
                         m_q = m_r[:, None] & (part * 64 + o_k < K)[None, :]
                         p_x = p_q[:, None] + (part * 64 + o_k)[None, :]
                         copy_rows(to.slice(part * 64, 64, dim=1), p_x, mask=m_q)
                 async_copy.commit_group()
-                numbers.index(slot * 2 + 1).store(i_p)
+                numbers.index(i_n + 1).store(i_p)
                 async_copy.wait_group(0)
                 barrier()
-                mbarrier.arrive(ready.index(slot), count=1)
+                mbarrier.arrive(ready.index(0), count=1)
                 n += 1
 
 
@@ -310,7 +310,7 @@ def _consume(
     qk_scale,
     softcap,
     W,
-    q_tiles,
+    q_tile,
     numbers,
     k_tiles,
     v_tiles,
@@ -320,8 +320,9 @@ def _consume(
     k_free,
     v_ready,
     v_free,
-    other_out,
+    spare,
     other_lse,
+    room,
     sent,
     taken,
     my_turn,
@@ -337,7 +338,7 @@ def _consume(
     USE_SINKS: gl.constexpr,
 ):
     """One of the two groups that compute."""
-    DTYPE: gl.constexpr = q_tiles.dtype
+    DTYPE: gl.constexpr = q_tile.dtype
     BN: gl.constexpr = k_tiles.shape[1]
     BV: gl.constexpr = v_tiles.shape[2]
     STAGES: gl.constexpr = k_tiles.shape[0]
@@ -352,6 +353,7 @@ def _consume(
     o_m = gl.arange(0, 64, layout=S_ROWS)
     o_n = gl.arange(0, BN, layout=gl.SliceLayout(0, S))
     o_f = gl.arange(0, 64, layout=O_ROWS)
+    other_out = spare._reinterpret(gl.float32, [64, BV], gl.NVMMASharedLayout(128, 32, 2))
 
     p_lanes = plan + 2 * W + LANES
     p_chunks = plan + gl.load(plan + 8)
@@ -396,18 +398,25 @@ def _consume(
                 begins = shared * GROUP  # the first of this group's steps
                 stride = 1 + shared
                 o_q = (first + o_m) // G
-                q_tile = q_tiles.index(done % 2)
+                i_n = done % 2 * 2
                 b_max = gl.full([64], float("-inf"), gl.float32, S_ROWS)
                 b_sum = gl.full([64, 2], 0.0, gl.float32, SUMS)
                 b_out = gl.full([64, BV], 0.0, gl.float32, OUT)
-                mbarrier.wait(q_ready.index(done % 2), done // 2 & 1)
+                if shared:
+                    # This group is through with all blocks before, and `spare` with them.
+                    if GROUP == 0:
+                        barrier()
+                        mbarrier.arrive(room.index(0), count=1)
+                mbarrier.wait(q_ready.index(0), done & 1)
                 at = n + begins
                 p_chunk = p_chunks + begin * COLUMNS + begins * STEP
                 flags, bounds = gl.load(p_chunk + 8), _bounds(p_chunk, CHUNKS, COLUMNS)
-                queries = q_tile.slice(0, k_tiles.shape[2], dim=1).load(QUERIES)
+                queries = q_tile.load(QUERIES)
+                o_p = numbers.index(i_n + 1).load(S_ROWS)
+                barrier()
+                mbarrier.arrive(q_free.index(0), count=1)
                 mbarrier.wait(k_ready.index(at % STAGES), at // STAGES & 1)
                 next_s = _scores(queries, k_tiles.index(at % STAGES), S)
-                o_p = numbers.index(done % 2 * 2 + 1).load(S_ROWS)
                 b_s = warpgroup_mma_wait(0, [next_s])
                 _release(k_free.index(at % STAGES), wide)
                 b_p, b_max, b_sum, b_old = _weights(
@@ -452,6 +461,7 @@ def _consume(
                 if shared:
                     # Each waits for the other, for the parities' sake, too.
                     if GROUP == 1:
+                        mbarrier.wait(room.index(0), split & 1)
                         other_lse.store(f_max + gl.log2(f_sum))
                         other_out.store(b_out * (1.0 / gl.where(f_sum == 0.0, 1.0, f_sum))[:, None])
                         barrier()
@@ -491,13 +501,13 @@ def _consume(
                             f_scale = f_old / (f_sum * f_old + gl.exp2(b_sink - f_top))
                         else:
                             f_scale = 1.0 / gl.where(f_sum == 0.0, 1.0, f_sum)
-                        # By way of the queries' memory, for lines to be written whole: Triton's
-                        # own for changes of layout would be the same for both groups.
-                        tile = q_tile.slice(0, BV, dim=1)
+                        # By way of shared memory, for lines to be written whole: Triton's own for
+                        # changes of layout would be the same for both groups.
+                        tile = spare.index(GROUP)
                         tile.store((b_out * f_scale[:, None]).to(DTYPE))
                         barrier()
                         o_x = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
-                        i_r = numbers.index(done % 2 * 2).load(gl.SliceLayout(1, ROWS))
+                        i_r = numbers.index(i_n).load(gl.SliceLayout(1, ROWS))
                         o_x += first
                         i_o = i_r.to(gl.int64) * (H * G) + i_h * G + o_x % G
                         for part in gl.static_range(BV // 64):
@@ -505,8 +515,6 @@ def _consume(
                             m_x = (o_x < count)[:, None] & (o_c < V)[None, :]
                             p_x = out + i_o[:, None] * V + o_c[None, :]
                             gl.store(p_x, tile.slice(part * 64, 64, dim=1).load(ROWS), mask=m_x)
-                barrier()
-                mbarrier.arrive(q_free.index(done % 2), count=1)
                 done += 1
             n += steps
 
@@ -524,6 +532,7 @@ def hopper_kernel(
     qk_scale,
     softcap,
     W,
+    SIZE,
     sq_r,
     sq_h,
     H: gl.constexpr,
@@ -551,6 +560,10 @@ def hopper_kernel(
     """
     tl.extra.cuda.gdc_launch_dependents()
     # What all warps are going to read first is on its way while the barriers are made.
+    o_all = (
+        gl.program_id(0) * 128 + gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    ) * 32
+    _touch(plan + gl.minimum(o_all, SIZE - 1))
     _touch(plan)
     _touch(plan + W)
     _touch(plan + 2 * W + LANES + gl.program_id(0) // H * 4)
@@ -561,23 +574,25 @@ def hopper_kernel(
     LAYOUT: gl.constexpr = k_desc.layout
     BAR: gl.constexpr = mbarrier.MBarrierLayout()
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    # Two blocks' for each group: queries, later results; numbers and positions of rows.
-    q_left = gl.allocate_shared_memory(DTYPE, [2, 64, max(BK, BV)], LAYOUT)
-    q_right = gl.allocate_shared_memory(DTYPE, [2, 64, max(BK, BV)], LAYOUT)
+    q_left = gl.allocate_shared_memory(DTYPE, [64, BK], LAYOUT)
+    q_right = gl.allocate_shared_memory(DTYPE, [64, BK], LAYOUT)
+    # Numbers and positions of rows, of two blocks.
     n_left = gl.allocate_shared_memory(gl.int32, [4, 64], PLAIN)
     n_right = gl.allocate_shared_memory(gl.int32, [4, 64], PLAIN)
     k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, BN, BK], LAYOUT)
     v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, BN, BV], LAYOUT)
-    other_out = gl.allocate_shared_memory(gl.float32, [64, BV], gl.NVMMASharedLayout(128, 32, 2))
+    # Each group's results on their way out, or one's on their way to the other.
+    spare = gl.allocate_shared_memory(DTYPE, [2, 64, BV], LAYOUT)
     other_lse = gl.allocate_shared_memory(gl.float32, [64], PLAIN)
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    l_ready = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
-    l_free = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
-    r_ready = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
-    r_free = gl.allocate_shared_memory(gl.int64, [2, 1], BAR)
+    l_ready = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
+    l_free = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
+    r_ready = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
+    r_free = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
+    room = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     sent = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     taken = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     l_turn = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
@@ -587,11 +602,11 @@ def hopper_kernel(
         mbarrier.init(k_free.index(i), count=2)
         mbarrier.init(v_ready.index(i), count=1)
         mbarrier.init(v_free.index(i), count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(l_ready.index(i), count=1)
-        mbarrier.init(l_free.index(i), count=1)
-        mbarrier.init(r_ready.index(i), count=1)
-        mbarrier.init(r_free.index(i), count=1)
+    mbarrier.init(l_ready.index(0), count=1)
+    mbarrier.init(l_free.index(0), count=1)
+    mbarrier.init(r_ready.index(0), count=1)
+    mbarrier.init(r_free.index(0), count=1)
+    mbarrier.init(room.index(0), count=1)
     mbarrier.init(sent.index(0), count=1)
     mbarrier.init(taken.index(0), count=1)
     mbarrier.init(l_turn.index(0), count=1)
@@ -605,7 +620,7 @@ def hopper_kernel(
                     0, plan, out, partial, lse, sinks, qk_scale, softcap, W,
                     q_left, n_left, k_tiles, v_tiles,
                     l_ready, l_free, k_ready, k_free, v_ready, v_free,
-                    other_out, other_lse, sent, taken, l_turn, r_turn,
+                    spare, other_lse, room, sent, taken, l_turn, r_turn,
                     H, G, K, V, CHUNK, LANES, COLUMNS, USE_SOFTCAP, USE_SINKS,
                 ),
             ),
@@ -615,7 +630,7 @@ def hopper_kernel(
                     1, plan, out, partial, lse, sinks, qk_scale, softcap, W,
                     q_right, n_right, k_tiles, v_tiles,
                     r_ready, r_free, k_ready, k_free, v_ready, v_free,
-                    other_out, other_lse, sent, taken, r_turn, l_turn,
+                    spare, other_lse, room, sent, taken, r_turn, l_turn,
                     H, G, K, V, CHUNK, LANES, COLUMNS, USE_SOFTCAP, USE_SINKS,
                 ),
             ),

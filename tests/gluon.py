@@ -75,6 +75,9 @@ class Memory:
     def slice(self, first: int, count: int, dim: int = 0) -> Memory:
         return Memory(self.tensor.narrow(dim, first, count))
 
+    def _reinterpret(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Memory:
+        return Memory(self.tensor.view(dtype).view(shape))
+
     def permute(self, order: tuple[int, ...]) -> Memory:
         return Memory(self.tensor.permute(order))
 
