@@ -430,8 +430,8 @@ def forward(
             BN=shapes[-1].tokens, STAGES=hopper.STAGES, num_warps=4,
             maxnreg=hopper.REGISTERS[0], REGISTERS=hopper.REGISTERS[1],
         )  # fmt: skip
-        arguments_ = (*arguments[:-2], plan.numel(), *arguments[-2:])
-        launches.append((hopper.hopper_kernel, (processors,), (q, *sources, *arguments_), options))
+        sources = (q, *sources, *arguments, plan.numel())
+        launches.append((hopper.hopper_kernel, (processors,), sources, options))
     else:
         choice = tiles(heads, major)
         options |= dict(

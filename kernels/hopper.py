@@ -287,7 +287,10 @@ def _weights(
 
 @gluon.jit
 def _clear_unread(v_tile, p_chunk, advance, CHUNK: gl.constexpr, COLUMNS: gl.constexpr):
-    """Values that no row sees may be anything, and 0 * NaN is NaN."""
+    """Values that no row sees may be anything, and 0 * NaN is NaN.
+
+    Where both groups read a step, both do this to it, and write the same.
+    """
     o_n = gl.arange(0, v_tile.shape[0], layout=gl.SliceLayout(1, ROWS))
     p_n = p_chunk + o_n // CHUNK * COLUMNS
     seen = gl.minimum(gl.load(p_n + 3) + advance, gl.load(p_n + 1))
@@ -532,9 +535,9 @@ def hopper_kernel(
     qk_scale,
     softcap,
     W,
-    SIZE,
     sq_r,
     sq_h,
+    SIZE,
     H: gl.constexpr,
     G: gl.constexpr,
     KP: gl.constexpr,
@@ -556,14 +559,14 @@ def hopper_kernel(
 
     Args:
         k_desc, v_desc: of K and V as [any, K or V], in boxes of a chunk's rows and 64 columns.
+        SIZE: elements of the plan.
         KP, KH, VP, VH: rows of these from a page, or a head, to the next.
     """
     tl.extra.cuda.gdc_launch_dependents()
-    # What all warps are going to read first is on its way while the barriers are made.
-    o_all = (
-        gl.program_id(0) * 128 + gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    ) * 32
-    _touch(plan + gl.minimum(o_all, SIZE - 1))
+    # While the barriers are made, what all warps are going to read first is on its way, and all of
+    # the plan to the L2, where programs share it: a line a thread.
+    thread = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
+    _touch(plan + gl.minimum((gl.program_id(0) * 128 + thread) * 32, SIZE - 1))
     _touch(plan)
     _touch(plan + W)
     _touch(plan + 2 * W + LANES + gl.program_id(0) // H * 4)

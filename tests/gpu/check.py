@@ -71,6 +71,9 @@ SMALL = [
     Check(9, heads=(4, 1), cancels=True),
     Check(300, torch.float16, (12, 2), (128, 80), 16, 2, softcap=3.0, sinks=True, advance=2),
     Check(301, heads=(24, 2), dims=(96, 128), nodes=9, rows=20),
+    # Lanes of long and short blocks, of few rows and many, one after the other.
+    Check(316, heads=(8, 2), nodes=9, longest=250, rows=20, processors=1),
+    Check(319, heads=(16, 2), nodes=9, longest=300, rows=30, processors=2, sinks=True),
 ]
 LARGE = [
     *(Check(10 + d, dims=(d, d)) for d in (64, 80, 96, 128, 192, 256)),
