@@ -28,6 +28,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 copy_rows = getattr(async_copy, "async_load", async_copy.async_copy_global_to_shared)
+memory = gl.shared_memory_descriptor
+reinterpret = memory.reinterpret if hasattr(memory, "reinterpret") else memory._reinterpret
 
 STAGES = 4  # steps whose keys, and values, are held or under way; even, for groups to share them
 ALONE = gl.constexpr(2)  # steps up to which a block of few rows is one group's
@@ -356,7 +358,7 @@ def _consume(
     o_m = gl.arange(0, 64, layout=S_ROWS)
     o_n = gl.arange(0, BN, layout=gl.SliceLayout(0, S))
     o_f = gl.arange(0, 64, layout=O_ROWS)
-    other_out = spare._reinterpret(gl.float32, [64, BV], gl.NVMMASharedLayout(128, 32, 2))
+    other_out = reinterpret(spare, gl.float32, [64, BV], gl.NVMMASharedLayout(128, 32, 2))
 
     p_lanes = plan + 2 * W + LANES
     p_chunks = plan + gl.load(plan + 8)

@@ -59,7 +59,8 @@ def prefill(
     order = cache.prefixes.preorder()
     logits = torch.cat(list(packed(model, cache, order, missing, last, feed, chunk=chunk)))
     row_of = {end: row for row, end in enumerate(node for node in order.nodes if node in last)}
-    rows = torch.tensor([row_of[end] for end in cache.prefixes.ends], device=logits.device)
+    # What `generate()` does next is queued before the device is through, so this must not wait.
+    rows = _moved(np.array([row_of[end] for end in cache.prefixes.ends]), logits.device)
     return CausalLMOutputWithPast(
         logits=logits.index_select(0, rows)[:, None], past_key_values=cache
     )
@@ -208,13 +209,13 @@ def _checked_mask(
     """The mask as bool [batch, columns], once it is known to make sense."""
     if not len(ids):
         raise ValueError(f"input_ids has shape {ids.shape}: no prompts. Give one or more.")
-    if attention_mask is None:
-        mask = np.ones(ids.shape, bool)
-    elif tuple(attention_mask.shape) != ids.shape:
+    if attention_mask is not None and tuple(attention_mask.shape) != ids.shape:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)} and input_ids {ids.shape}; "
             "they must be the same. Pass the tokenizer's output whole: generate(**inputs)."
         )
+    if attention_mask is None or (attention_mask == 1).all():  # sooner told than copied
+        mask = np.ones(ids.shape, bool)
     else:
         values = attention_mask.cpu().numpy()
         if not ((values == 0) | (values == 1)).all():

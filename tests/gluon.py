@@ -75,7 +75,7 @@ class Memory:
     def slice(self, first: int, count: int, dim: int = 0) -> Memory:
         return Memory(self.tensor.narrow(dim, first, count))
 
-    def _reinterpret(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Memory:
+    def reinterpret(self, dtype: torch.dtype, shape: list[int], layout: Any) -> Memory:
         return Memory(self.tensor.view(dtype).view(shape))
 
     def permute(self, order: tuple[int, ...]) -> Memory:
@@ -215,6 +215,7 @@ class Program:
             "async_load": _copy,
             "async_copy": SimpleNamespace(commit_group=nothing, wait_group=nothing),
             "copy_rows": _copy_rows,
+            "reinterpret": Memory.reinterpret,
             "fence_async_shared": lambda: vars(_unfenced).pop("places", None),
             "barrier": nothing,
         }
