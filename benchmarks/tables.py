@@ -57,31 +57,25 @@ def section(name: str) -> str:
 
 def generate(results: dict) -> str:
     """Rows of benchmarks/generate.py, with the ratio to the stock dynamic cache of the same run."""
-    lines = [
-        "| workload | batch | cache | first token | each further | tokens/s | prefill speed-up "
-        "| decode speed-up |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = ["workload", "batch", "cache", "first token", "each further", "tokens/s"]
     stock = {row["workload"]: row for row in results["rows"] if row["mode"] == "dynamic"}
+    cells = [head + ["prefill speed-up", "decode speed-up"] if stock else head]
+    cells.append(["---"] * len(cells[0]))
     for row in results["rows"]:
-        ratios = ("", "")
-        if base := stock.get(row["workload"]):
-            ratios = (
-                f"{base['ttft_s'] / row['ttft_s']:.2f}x",
-                f"{base['tpot_ms'] / row['tpot_ms']:.2f}x",
-            )
-        lines.append(
-            f"| {row['workload']}: {row['tree']} | {row['batch']} | {row['mode']} "
-            f"| {row['ttft_s']:.3g} s | {row['tpot_ms']:.4g} ms | {row['decode_tokens_s']:,.0f} "
-            f"| {ratios[0]} | {ratios[1]} |"
-        )
+        base = stock.get(row["workload"])
+        ratios = [f"{base[x] / row[x]:.2f}x" if base else "" for x in ("ttft_s", "tpot_ms")]
+        line = [f"{row['workload']}: {row['tree']}", str(row["batch"]), row["mode"]]
+        line += [f"{row['ttft_s']:.3g} s", f"{row['tpot_ms']:.4g} ms"]
+        line += [f"{row['decode_tokens_s']:,.0f}", *(ratios if stock else [])]
+        cells.append(line)
     threads = f", {results['threads']} threads" if results["threads"] else ""
+    over = " Speed-ups are over `dynamic`, stock `generate()`." if stock else ""
     return (
         f"{results['model']}, {results['dtype'].removeprefix('torch.')}, random weights, on "
         f"{results['machine']}{threads}. A workload is given by the nodes on each level of its "
         "prefix tree, and the tokens of each: `1,32_2048,32` is one node of 2,048 tokens and below "
-        "it 32 of 32; `x32`: 32 samples of each prompt. Speed-ups are over `dynamic`, stock "
-        "`generate()`.\n\n" + "\n".join(lines)
+        f"it 32 of 32; `x32`: 32 samples of each prompt.{over}\n\n"
+        + "\n".join(f"| {' | '.join(line)} |" for line in cells)
     )
 
 

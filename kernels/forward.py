@@ -414,8 +414,9 @@ def forward(
     arguments = (
         plan, out, partial, lse, sinks,
         scale if softcap is not None else scale * 1.4426950408889634,
-        softcap or 0.0, width, row_stride, q.stride(1),
+        softcap or 0.0, width,
     )  # fmt: skip
+    strides = row_stride, q.stride(1)
     options = dict(
         H=kv_heads, G=group, K=key_dim, V=value_dim, P=page_size,
         COLUMNS=COLUMNS["chunks"], LANES=aligned(len(shapes) * COLUMNS["shapes"]),
@@ -430,7 +431,7 @@ def forward(
             BN=shapes[-1].tokens, STAGES=hopper.STAGES, num_warps=4,
             maxnreg=hopper.REGISTERS[0], REGISTERS=hopper.REGISTERS[1],
         )  # fmt: skip
-        sources = (q, *sources, *arguments, plan.numel())
+        sources = (q, *sources, *arguments, plan.numel(), *strides)
         launches.append((hopper.hopper_kernel, (processors,), sources, options))
     else:
         choice = tiles(heads, major)
@@ -450,7 +451,7 @@ def forward(
             num_warps=tile.warps, num_stages=tile.stages,
             **({"launch_pdl": bool(launches)} if pdl else {}),
         )  # fmt: skip
-        sources = (q, k_pages, v_pages, *arguments, window or 0)
+        sources = (q, k_pages, v_pages, *arguments, *strides, window or 0)
         launches.append((forward_kernel, (processors * tile.per_sm,), sources, options | own))
     value_block = triton.next_power_of_2(value_dim)
     # Few rows are spread over the machine by heads.

@@ -33,7 +33,8 @@ reinterpret = memory.reinterpret if hasattr(memory, "reinterpret") else memory._
 
 STAGES = 4  # steps whose keys, and values, are held or under way; even, for groups to share them
 ALONE = gl.constexpr(2)  # steps up to which a block of few rows is one group's
-# A thread's: at the start, and of those that compute. The merge's programs start in what is left.
+# A thread's: at the start, and of those that compute, two thirds of all; the others have what these
+# leave, up to 40. The merge's programs start in what is left of a multiprocessor's.
 REGISTERS = 152, 208
 TILE = gl.NVMMASharedLayout(128, 16, 2)  # of 64 columns, that are copied at once
 ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # of 64 columns, in memory
@@ -334,7 +335,6 @@ def _consume(
     other_turn,
     H: gl.constexpr,
     G: gl.constexpr,
-    K: gl.constexpr,
     V: gl.constexpr,
     CHUNK: gl.constexpr,
     LANES: gl.constexpr,
@@ -537,9 +537,9 @@ def hopper_kernel(
     qk_scale,
     softcap,
     W,
+    SIZE,
     sq_r,
     sq_h,
-    SIZE,
     H: gl.constexpr,
     G: gl.constexpr,
     KP: gl.constexpr,
@@ -626,7 +626,7 @@ def hopper_kernel(
                     q_left, n_left, k_tiles, v_tiles,
                     l_ready, l_free, k_ready, k_free, v_ready, v_free,
                     spare, other_lse, room, sent, taken, l_turn, r_turn,
-                    H, G, K, V, CHUNK, LANES, COLUMNS, USE_SOFTCAP, USE_SINKS,
+                    H, G, V, CHUNK, LANES, COLUMNS, USE_SOFTCAP, USE_SINKS,
                 ),
             ),
             (
@@ -636,7 +636,7 @@ def hopper_kernel(
                     q_right, n_right, k_tiles, v_tiles,
                     r_ready, r_free, k_ready, k_free, v_ready, v_free,
                     spare, other_lse, room, sent, taken, r_turn, l_turn,
-                    H, G, K, V, CHUNK, LANES, COLUMNS, USE_SOFTCAP, USE_SINKS,
+                    H, G, V, CHUNK, LANES, COLUMNS, USE_SOFTCAP, USE_SINKS,
                 ),
             ),
             (

@@ -20,14 +20,12 @@ from pat_hf.support import modules
 
 def scaled(model: nn.Module) -> list[nn.Module]:
     """The model's rotary embeddings of that kind; most models have none."""
-    return [x for x in modules(model) if "rope_type" in vars(x) and _scaled(x)]
+    return [x for x in modules(model) if _scaled(x)]
 
 
 def on_the_host(module: nn.Module) -> bool:
     """Whether it waits for the device to choose a scale by the positions, as Phi-MoE's does."""
-    if "rope_type" not in vars(module) or not _scaled(module):
-        return False
-    return "long_mscale" in module.config.rope_parameters
+    return _scaled(module) and "long_mscale" in module.config.rope_parameters
 
 
 def regime(rotaries: Sequence[nn.Module], length: int, remembered: bool = True) -> str | None:
@@ -140,7 +138,7 @@ def _kinds(module: nn.Module) -> dict[str | None, Any]:
 
 
 def _scaled(module: nn.Module) -> bool:
-    return any(map(_follows, _kinds(module).values()))
+    return "rope_type" in vars(module) and any(map(_follows, _kinds(module).values()))
 
 
 def _follows(kind: Any) -> bool:

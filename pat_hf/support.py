@@ -64,7 +64,7 @@ def supported_config(model: PreTrainedModel) -> PretrainedConfig:
 
 
 def modules(model: nn.Module) -> Iterator[nn.Module]:
-    """What `model.modules()` yields, in its order, in a fraction of the time: every call looks."""
+    """What `model.modules()` yields, in its order, in half the time: every call looks."""
     found: set[nn.Module] = set()
     waiting = [model]
     while waiting:

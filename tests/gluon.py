@@ -177,7 +177,6 @@ class Program:
         def nothing(*args: Any, **kwargs: Any) -> None:
             return None
 
-        waits = SimpleNamespace(gdc_launch_dependents=nothing, gdc_wait=nothing)
         language = SimpleNamespace(
             **{name: getattr(torch, name) for name in ("int32", "int64", "float32")},
             **{name: getattr(torch, name) for name in ("exp2", "log2", "where")},
@@ -202,7 +201,9 @@ class Program:
         language.SwizzledSharedLayout = nothing
         self.names = {
             "gl": language,
-            "tl": SimpleNamespace(extra=SimpleNamespace(cuda=waits)),
+            "tl": SimpleNamespace(
+                extra=SimpleNamespace(cuda=SimpleNamespace(gdc_launch_dependents=nothing))
+            ),
             "mbarrier": SimpleNamespace(
                 MBarrierLayout=nothing,
                 init=lambda bar, count: bar.init(count),
