@@ -257,9 +257,9 @@ def forward_kernel(
         i_h = (i_j // SUB) % H
         o_r = (i_j % SUB) * BM + o_m
         i_hq = i_h * G + o_r % G
-        p_lane = p_lanes + 4 * (lane + i_j // (H * SUB))
+        p_lane = p_lanes + 5 * (lane + i_j // (H * SUB))
         begin = tl.load(p_lane)
-        steps = (tl.load(p_lane + 4) - begin) // (BN // CHUNK)
+        steps = (tl.load(p_lane + 5) - begin) // (BN // CHUNK)
         p_first = p_chunks + begin * COLUMNS
         p_k = k + i_h * sk_h
         p_v = v + i_h * sv_h

@@ -83,6 +83,17 @@ def _touch(p):
 
 
 @gluon.jit
+def _places(p_chunk, advance, CHUNKS: gl.constexpr, COLUMNS: gl.constexpr):
+    """Where a step's chunks lie; -1 for one of which nothing is seen yet."""
+    places = ()
+    for c in gl.static_range(CHUNKS):
+        p_c = p_chunk + c * COLUMNS
+        seen = gl.minimum(gl.load(p_c + 1), gl.load(p_c + 3) + advance)
+        places = places + (gl.where(seen > 0, gl.load(p_c), -1),)
+    return places
+
+
+@gluon.jit
 def _produce(
     desc,
     tiles,
@@ -101,26 +112,34 @@ def _produce(
     CHUNK: gl.constexpr = desc.block_type.shape[0]
     CHUNKS: gl.constexpr = tiles.shape[1] // CHUNK
     STAGES: gl.constexpr = tiles.shape[0]
-    BYTES: gl.constexpr = tiles.shape[1] * tiles.shape[2] * 2
+    BYTES: gl.constexpr = CHUNK * tiles.shape[2] * 2
     p_lanes = plan + 2 * W + LANES
     p_chunks = plan + gl.load(plan + 8)
-    lanes = gl.load(plan + 7) // 4 - 1
+    advance = gl.load(plan + W) - gl.load(plan + 3)
+    lanes = gl.load(plan + 7) // 5 - 1
     n = 0
     for i_j in range(gl.program_id(0), lanes * H, gl.num_programs(0)):
         i_h = i_j % H
-        p_lane = p_lanes + i_j // H * 4
-        for i_c in range(gl.load(p_lane), gl.load(p_lane + 4), CHUNKS):
-            p_chunk = p_chunks + i_c * COLUMNS
+        p_lane = p_lanes + i_j // H * 5
+        p_chunk = p_chunks + gl.load(p_lane) * COLUMNS
+        next_places = _places(p_chunk, advance, CHUNKS, COLUMNS)
+        for i_c in range(gl.load(p_lane), gl.load(p_lane + 5), CHUNKS):
+            places = next_places
+            # Known before there is room. Behind the last of all chunks is another table.
+            p_chunk += CHUNKS * COLUMNS
+            next_places = _places(p_chunk, advance, CHUNKS, COLUMNS)
             stage = n % STAGES
             bar = ready.index(stage)
             mbarrier.wait(free.index(stage), (n // STAGES & 1) ^ 1)
-            mbarrier.expect(bar, BYTES)
             for c in gl.static_range(CHUNKS):
-                where = gl.load(p_chunk + c * COLUMNS)
-                row = where // P * PAGE + i_h * HEAD + where % P
-                to = tiles.index(stage).slice(c * CHUNK, CHUNK)
-                for part in gl.static_range(tiles.shape[2] // 64):
-                    async_load(desc, [row, part * 64], bar, to.slice(part * 64, 64, dim=1))
+                if places[c] < 0:
+                    mbarrier.arrive(bar, count=1)
+                else:
+                    mbarrier.expect(bar, BYTES)
+                    row = places[c] // P * PAGE + i_h * HEAD + places[c] % P
+                    to = tiles.index(stage).slice(c * CHUNK, CHUNK)
+                    for part in gl.static_range(tiles.shape[2] // 64):
+                        async_load(desc, [row, part * 64], bar, to.slice(part * 64, 64, dim=1))
             n += 1
 
 
@@ -162,21 +181,21 @@ def _fetch(
     p_lanes = plan + 2 * W + LANES
     p_blocks = plan + gl.load(plan + 10)
     p_all_rows = plan + gl.load(plan + 12)
-    lanes = gl.load(plan + 7) // 4 - 1
+    lanes = gl.load(plan + 7) // 5 - 1
     n = 0
     turn = 0
     for i_j in range(gl.program_id(0), lanes * H, gl.num_programs(0)):
         i_h = i_j % H
-        p_lane = p_lanes + i_j // H * 4
+        p_lane = p_lanes + i_j // H * 5
         next_begin = gl.load(p_lane)
         next_row, next_end = gl.load(p_lane + 2), gl.load(p_lane + 3)
-        for i_b in range(gl.load(p_lane + 1), gl.load(p_lane + 5)):
+        for i_b in range(gl.load(p_lane + 1), gl.load(p_lane + 6)):
             row, begin = next_row, next_begin
             count = (next_end - row) * G
             # Of the last block of all it is another table that is read, to no end.
-            p_block = p_blocks + i_b * 4
+            p_block = p_blocks + i_b * 5
             next_begin = gl.load(p_block + 3)
-            next_row, next_end = gl.load(p_block + 4), gl.load(p_block + 5)
+            next_row, next_end = gl.load(p_block + 5), gl.load(p_block + 6)
             wide, alone, mine = _turns(count, (next_begin - begin) // CHUNKS, turn, GROUP)
             turn += alone.to(gl.int32)
             if mine:
@@ -364,24 +383,26 @@ def _consume(
     p_chunks = plan + gl.load(plan + 8)
     p_blocks = plan + gl.load(plan + 10)
     advance = gl.load(plan + W) - gl.load(plan + 3)
-    lanes = gl.load(plan + 7) // 4 - 1
+    lanes = gl.load(plan + 7) // 5 - 1
     n = 0  # steps of this program so far
     done = 0  # blocks of this group
     split = 0  # blocks of which the groups had different steps
     turn = 0  # blocks of one group alone
     for i_j in range(gl.program_id(0), lanes * H, gl.num_programs(0)):
         i_h = i_j % H
-        p_lane = p_lanes + i_j // H * 4
+        p_lane = p_lanes + i_j // H * 5
         next_begin = gl.load(p_lane)
         next_row, next_end = gl.load(p_lane + 2), gl.load(p_lane + 3)
-        for i_b in range(gl.load(p_lane + 1), gl.load(p_lane + 5)):
-            row, begin = next_row, next_begin
+        next_half = gl.load(p_lane + 4)
+        for i_b in range(gl.load(p_lane + 1), gl.load(p_lane + 6)):
+            row, begin, half = next_row, next_begin, next_half
             count = (next_end - row) * G
             slot = gl.load(p_chunks + begin * COLUMNS + 7)
             # Of the last block of all it is another table that is read, to no end.
-            p_block = p_blocks + i_b * 4
+            p_block = p_blocks + i_b * 5
             next_begin = gl.load(p_block + 3)
-            next_row, next_end = gl.load(p_block + 4), gl.load(p_block + 5)
+            next_row, next_end = gl.load(p_block + 5), gl.load(p_block + 6)
+            next_half = gl.load(p_block + 9)
             steps = (next_begin - begin) // CHUNKS
             wide, alone, mine = _turns(count, steps, turn, GROUP)
             # Parities tell a step from the one before it only, so each group knows of all steps
@@ -399,22 +420,24 @@ def _consume(
                 turn += 1
             if mine:
                 first = wide * (64 * GROUP)
-                shared = ((wide == 0) & (alone == 0)).to(gl.int32)
-                begins = shared * GROUP  # the first of this group's steps
-                stride = 1 + shared
+                shared = (wide == 0) & (alone == 0)
+                # The first steps are this group's, every other of those behind.
+                all = wide * ((half - begin) // CHUNKS) + alone.to(gl.int32) * steps
+                i = (all == 0).to(gl.int32) * GROUP
+                meets = (alone == 0) & (all < steps)
                 o_q = (first + o_m) // G
                 i_n = done % 2 * 2
                 b_max = gl.full([64], float("-inf"), gl.float32, S_ROWS)
                 b_sum = gl.full([64, 2], 0.0, gl.float32, SUMS)
                 b_out = gl.full([64, BV], 0.0, gl.float32, OUT)
-                if shared:
+                if meets:
                     # This group is through with all blocks before, and `spare` with them.
                     if GROUP == 0:
                         barrier()
                         mbarrier.arrive(room.index(0), count=1)
                 mbarrier.wait(q_ready.index(0), done & 1)
-                at = n + begins
-                p_chunk = p_chunks + begin * COLUMNS + begins * STEP
+                at = n + i
+                p_chunk = p_chunks + begin * COLUMNS + i * STEP
                 flags, bounds = gl.load(p_chunk + 8), _bounds(p_chunk, CHUNKS, COLUMNS)
                 queries = q_tile.load(QUERIES)
                 o_p = numbers.index(i_n + 1).load(S_ROWS)
@@ -423,15 +446,16 @@ def _consume(
                 mbarrier.wait(k_ready.index(at % STAGES), at // STAGES & 1)
                 next_s = _scores(queries, k_tiles.index(at % STAGES), S)
                 b_s = warpgroup_mma_wait(0, [next_s])
-                _release(k_free.index(at % STAGES), wide)
+                _release(k_free.index(at % STAGES), wide & (i < all))
                 b_p, b_max, b_sum, b_old = _weights(
                     b_s, b_max, b_sum, flags, bounds, o_q, o_p, o_n, qk_scale, softcap,
                     S, CHUNK, USE_SOFTCAP,
                 )  # fmt: skip
                 weights = gl.convert_layout(b_p.to(DTYPE), WEIGHTS)
                 mbarrier.wait(v_ready.index(at % STAGES), at // STAGES & 1)
-                for _ in range(begins + stride, steps, stride):
+                for _ in range(1, all + (steps - all + 1 - GROUP) // 2):
                     stage = at % STAGES
+                    stride = 1 + (i >= all).to(gl.int32) + (i + 1 == all).to(gl.int32) * GROUP
                     ahead = at + stride
                     unread = flags & 4 == 0
                     flags = gl.load(p_chunk + stride * STEP + 8)
@@ -443,7 +467,7 @@ def _consume(
                     next_s = _scores(queries, k_tiles.index(ahead % STAGES), S)
                     next_out = warpgroup_mma(weights, v_tiles.index(stage), b_out, is_async=True)
                     b_s = warpgroup_mma_wait(1, [next_s])
-                    _release(k_free.index(ahead % STAGES), wide)
+                    _release(k_free.index(ahead % STAGES), wide & (i + stride < all))
                     b_p, b_max, b_sum, b_old = _weights(
                         b_s, b_max, b_sum, flags, bounds, o_q, o_p, o_n, qk_scale, softcap,
                         S, CHUNK, USE_SOFTCAP,
@@ -451,41 +475,45 @@ def _consume(
                     o_old = gl.convert_layout(b_old, O_ROWS)[:, None]
                     mbarrier.wait(v_ready.index(ahead % STAGES), ahead // STAGES & 1)
                     b_out = warpgroup_mma_wait(0, [next_out]) * o_old
-                    _release(v_free.index(stage), wide)
+                    _release(v_free.index(stage), wide & (i < all))
                     weights = gl.convert_layout(b_p.to(DTYPE), WEIGHTS)
                     at = ahead
+                    i += stride
                 stage = at % STAGES
                 if flags & 4 == 0:
                     _clear_unread(v_tiles.index(stage), p_chunk, advance, CHUNK, COLUMNS)
                 next_out = warpgroup_mma(weights, v_tiles.index(stage), b_out, is_async=True)
                 b_out = warpgroup_mma_wait(0, [next_out])
-                _release(v_free.index(stage), wide)
+                _release(v_free.index(stage), wide & (i < all))
 
                 f_max = gl.convert_layout(b_max, O_ROWS)
                 f_sum = gl.convert_layout(gl.sum(b_sum, 1), O_ROWS)
-                if shared:
+                if meets:
                     # Each waits for the other, for the parities' sake, too.
                     if GROUP == 1:
                         mbarrier.wait(room.index(0), split & 1)
-                        other_lse.store(f_max + gl.log2(f_sum))
-                        other_out.store(b_out * (1.0 / gl.where(f_sum == 0.0, 1.0, f_sum))[:, None])
+                        if shared:
+                            other_lse.store(f_max + gl.log2(f_sum))
+                            scale = 1.0 / gl.where(f_sum == 0.0, 1.0, f_sum)
+                            other_out.store(b_out * scale[:, None])
                         barrier()
                         mbarrier.arrive(sent.index(0), count=1)
                         mbarrier.wait(taken.index(0), split & 1)
                     else:
                         mbarrier.wait(sent.index(0), split & 1)
-                        o_max = other_lse.load(O_ROWS)
-                        f_top = gl.maximum(f_max, o_max)
-                        f_ref = gl.where(f_top == float("-inf"), 0.0, f_top)
-                        f_old, o_old = gl.exp2(f_max - f_ref), gl.exp2(o_max - f_ref)
-                        f_max = f_top
-                        f_sum = f_sum * f_old + o_old
-                        b_out = b_out * f_old[:, None]
-                        b_out += other_out.load(OUT) * o_old[:, None]
+                        if shared:
+                            o_max = other_lse.load(O_ROWS)
+                            f_top = gl.maximum(f_max, o_max)
+                            f_ref = gl.where(f_top == float("-inf"), 0.0, f_top)
+                            f_old, o_old = gl.exp2(f_max - f_ref), gl.exp2(o_max - f_ref)
+                            f_max = f_top
+                            f_sum = f_sum * f_old + o_old
+                            b_out = b_out * f_old[:, None]
+                            b_out += other_out.load(OUT) * o_old[:, None]
                         barrier()
                         mbarrier.arrive(taken.index(0), count=1)
                     split += 1
-                if (shared == 0) | (GROUP == 0):
+                if (GROUP == 0) | (shared == 0):
                     o_b = first + o_f
                     m_f = o_b < count
                     if slot >= 0:
@@ -571,7 +599,7 @@ def hopper_kernel(
     _touch(plan + gl.minimum((gl.program_id(0) * 128 + thread) * 32, SIZE - 1))
     _touch(plan)
     _touch(plan + W)
-    _touch(plan + 2 * W + LANES + gl.program_id(0) // H * 4)
+    _touch(plan + 2 * W + LANES + gl.program_id(0) // H * 5)
     DTYPE: gl.constexpr = q.dtype.element_ty
     CHUNK: gl.constexpr = k_desc.block_type.shape[0]
     BK: gl.constexpr = (K + 63) // 64 * 64
@@ -603,9 +631,9 @@ def hopper_kernel(
     l_turn = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     r_turn = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(i), count=1)
+        mbarrier.init(k_ready.index(i), count=BN // CHUNK)
         mbarrier.init(k_free.index(i), count=2)
-        mbarrier.init(v_ready.index(i), count=1)
+        mbarrier.init(v_ready.index(i), count=BN // CHUNK)
         mbarrier.init(v_free.index(i), count=2)
     mbarrier.init(l_ready.index(0), count=1)
     mbarrier.init(l_free.index(0), count=1)

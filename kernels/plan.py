@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 _TABLES = ("shapes", "lanes", "chunks", "blocks", "rows", "slots", "merge_rows", "merge_ptr")
-COLUMNS = {"shapes": 6, "lanes": 4, "chunks": 9, "blocks": 4}
+COLUMNS = {"shapes": 6, "lanes": 5, "chunks": 9, "blocks": 5}
 _HEADER = 4 + 2 * len(_TABLES)
 _ALIGN = 64
 _CHUNK = 32  # tokens; more waste more of a tile where nodes are short
@@ -95,10 +95,12 @@ class Machine:
     Attributes:
         shapes: ascending by rows. A group wider than the last is a block of that shape.
         partial: what a byte of a partial costs, in bytes of K and V read once.
+        half: rows of a block that are computed apart from those behind them; 0: none are.
     """
 
     shapes: tuple[Shape, ...]
     partial: float = 1
+    half: int = 0
 
     @staticmethod
     def cpu() -> Machine:
@@ -125,7 +127,7 @@ class Machine:
                 Shape(64, 64, processors, 256, 1.0, 64),
                 Shape(128, 64, processors, 256, 1.3, 64),
             )
-            return Machine(shapes, partial=4)
+            return Machine(shapes, partial=4, half=64)
         # Products on cores that are not made for them cost in proportion to the rows.
         dear = heads.itemsize > 2 or max(heads.key_dim, heads.value_dim) > 128
         shapes = (
@@ -173,8 +175,8 @@ class Tables(NamedTuple):
     Attributes:
         shapes: [S, 6], for each of the machine's: m, n, first block, end block, first lane, end
             lane. Blocks and lanes are sorted by shape.
-        lanes: [L+1, 4] first chunk, first block; those of the next lane end it. And the block's
-            first row and end row.
+        lanes: [L+1, 5] first chunk, first block; those of the next lane end it. And of that block:
+            first row, end row, first chunk of steps in pairs.
         chunks: [T, 9] its place, page times page size plus slot; tokens; position of the first;
             tokens up to the furthest position of the rows that it is for, and up to the hindmost,
             as planned, whether they are in the chunk or not; those rows, first + end << 16, in the
@@ -183,7 +185,8 @@ class Tables(NamedTuple):
             number of the block's rows, plus 1 in a block's first chunk, plus 2 where all rows see
             all tokens of the step, 4 where each of those is seen. The last chunks of a block may be
             empty.
-        blocks: [B, 4] first row, end row (into `rows`), first chunk, end chunk.
+        blocks: [B, 5] first row, end row (into `rows`), first chunk, end chunk; the first of those
+            chunks that come in pairs of steps, one for rows of the first half, one for the others.
         rows: [K] query rows, B * T of q [B, heads, T, dim] counted as b * T + t.
         slots: where the partials are, row by row.
         merge_rows: [M] the rows whose output no block writes: those of partials, or of no block.
@@ -639,8 +642,11 @@ def _tables(
         written[rows[entry[~waits]]] = True
         slots = _stable_argsort(owners, len(position))
         block = np.repeat(np.arange(len(blocks)), end - begin)
-        seeing = runs.begin[run] - least[block], runs.end[run] - least[block]
+        seeing = np.stack([runs.begin[run], runs.end[run]]) - least[block]
         chunks[:, 5] = seeing[0] + (seeing[1] << 16)
+        order, pairs = _pairs(seeing * heads.group, counts * heads.group, block, step[tile], machine.half)
+        chunks = chunks[order]
+        blocks[:, 4] = blocks[:, 3] - pairs
         chunks[:, 6] = blocks[block, 0]
         chunks[:, 7] = np.where(partial, np.cumsum(partial * counts) - counts, -1)[block]
         seen = (chunks[:, 1] == size) & (chunks[:, 3] >= size)
@@ -661,7 +667,7 @@ def _tables(
         shapes[:, column], shapes[:, column + 1] = at[:-1], at[1:]
     merge_rows = np.flatnonzero(~written)
     first = np.searchsorted(blocks[:, 2], lanes)
-    of_first = np.append(blocks[:, :2], [[0, 0]], 0)[first]
+    of_first = np.append(blocks[:, [0, 1, 4]], [[0, 0, 0]], 0)[first]
     return Tables(
         shapes,
         np.column_stack([lanes, first, of_first]).astype(np.int32),
@@ -674,6 +680,35 @@ def _tables(
         position.astype(np.int32),
         page_size,
     )
+
+
+def _pairs(
+    seeing: np.ndarray, counts: np.ndarray, block: np.ndarray, step: np.ndarray, half: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Has steps for one half of a block's rows, and for the other, follow each other in turn.
+
+    Args:
+        seeing: [2, T] the rows that a chunk is for, first and end, in its block's.
+        counts: [B] rows of each block.
+        block: [T] the chunks'.
+        step: [B] chunks of a step.
+        half: rows of the first half.
+
+    Returns:
+        The chunks' new order, and how many of a block's come in such pairs of steps, at its end.
+    """
+    side = np.where(seeing[1] <= half, 1, np.where(seeing[0] >= half, 2, 0))
+    side[counts[block] <= half] = 0
+    key = block * 3 + side
+    sizes = np.bincount(key, minlength=3 * len(counts)).reshape(-1, 3)
+    paired = sizes[:, 1:].min(1) // step * step
+    if not paired.any():
+        return np.arange(len(block)), paired
+    order = np.argsort(key, kind="stable")
+    rank = np.empty(len(key), np.int64)
+    rank[order] = np.arange(len(key)) - (np.cumsum(sizes) - sizes.ravel())[key[order]]
+    turn = np.where((side > 0) & (rank < paired[block]), rank // step[block] * 2 + side, 0)
+    return np.lexsort((turn, block)), 2 * paired
 
 
 def _cuts(lengths: np.ndarray, lanes: int, least: int) -> np.ndarray:

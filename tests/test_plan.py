@@ -17,7 +17,7 @@ MACHINES = [
     Machine.gpu(132, HEADS),
     Machine.gpu(132, HEADS, 8),
     Machine((Shape(1, 64, 1 << 30, 64, 1, 16), Shape(16, 32, 1 << 30, 64, 2, 16))),
-    Machine((Shape(16, 0, 8, 16, 1, 16), Shape(64, 16, 8, 16, 1, 0))),
+    Machine((Shape(16, 0, 8, 16, 1, 16), Shape(64, 16, 8, 16, 1, 0)), half=8),
 ]
 
 
@@ -36,14 +36,14 @@ def reads(plan):
             sorted(tables.rows[a:b].tolist()),
             int(tables.chunks[c:d, 1].sum()),
         )
-        for a, b, c, d in tables.blocks.tolist()
+        for a, b, c, d in tables.blocks[:, :4].tolist()
     )
 
 
 def assert_covers(tables, case: Case, position, window=None):
     """Each visible (row, token) pair is in one block, and no block has any other."""
     pairs = []
-    for first_row, last_row, first, last in tables.blocks.tolist():
+    for first_row, last_row, first, last in tables.blocks[:, :4].tolist():
         rows = tables.rows[first_row:last_row].astype(np.int64)
         place, count, start = tables.chunks[first:last, :3].T[..., None].astype(np.int64)
         inside = np.arange(case.page_size)
@@ -70,8 +70,8 @@ def assert_consistent(tables, heads, machine, page_size):
     shapes, blocks, chunks = tables.shapes, tables.blocks, tables.chunks
     lanes = tables.lanes[:, 0]
     assert (blocks[tables.lanes[:-1, 1], 2] == lanes[:-1]).all()
-    assert tables.lanes[-1].tolist() == [len(chunks), len(blocks), 0, 0]
-    assert (tables.lanes[:-1, 2:] == blocks[tables.lanes[:-1, 1], :2]).all()
+    assert tables.lanes[-1].tolist() == [len(chunks), len(blocks), 0, 0, 0]
+    assert (tables.lanes[:-1, 2:] == blocks[tables.lanes[:-1, 1]][:, [0, 1, 4]]).all()
     size = machine.chunk(page_size)
     assert shapes[:, 0].tolist() == [shape.rows for shape in machine.shapes]
     for first in (2, 4):
@@ -90,13 +90,17 @@ def assert_consistent(tables, heads, machine, page_size):
             assert lanes[lane] == blocks[begin, 2] and lanes[last_lane] == blocks[end - 1, 3]
         rows = (blocks[begin:end, 1] - blocks[begin:end, 0]) * heads.group
         assert (rows <= m).all() or i == len(shapes) - 1 and (rows <= max(m, heads.group)).all()
-        for row, end_row, first, last in blocks[begin:end].tolist():
+        for row, end_row, first, last, pairs in blocks[begin:end].tolist():
             run, position = chunks[first:last], tables.positions[tables.rows[row:end_row]]
             many = n // size
-            assert (last - first) % many == 0 and run[0, 1] > 0
+            assert (last - first) % many == 0 and run[:, 1].any()
             assert (run[:, 1] >= 0).all() and (run[:, 1] <= size).all()
             low, high = run[:, 5] & 0xFFFF, run[:, 5] >> 16
             assert low.min() == 0 and high.max() == end_row - row and (low < high).all()
+            # In turn, steps for a half of the rows each.
+            turns = np.arange(pairs, last).reshape(-1, 2, many) - first
+            assert (high[turns[:, 0]] * heads.group <= machine.half).all()
+            assert (low[turns[:, 1]] * heads.group >= machine.half).all()
             assert (run[:, 6] == row).all() and (run[:, 7] == run[0, 7]).all()
             assert (run[:, 8] >> 3 == end_row - row).all()
             assert (run[:, 8] & 1).tolist() == [chunk == 0 for chunk in range(last - first)]
@@ -118,7 +122,7 @@ def assert_consistent(tables, heads, machine, page_size):
     for row, end_row in blocks[:, :2].tolist():
         counts[tables.rows[row:end_row]] += 1
     partials = []
-    for row, end_row, first, _ in blocks.tolist():
+    for row, end_row, first, _, _ in blocks.tolist():
         slot, rows = chunks[first, 7], tables.rows[row:end_row]
         assert slot >= 0 or (counts[rows] == 1).all()
         if slot >= 0:
@@ -163,7 +167,7 @@ def test_what_lies_before_the_windows_is_left_out(case, machine, window, steps):
 def test_a_window_bounds_what_is_read():
     nodes = nodes_of([0, 1, 1], [2000, 100, 60])
     tables = make_plan(nodes, [1, 2], [2099, 2059], HEADS, 16, MACHINES[0], window=50).tables
-    read = [tables.chunks[a:b, 1].sum() for a, b in tables.blocks[:, 2:].tolist()]
+    read = [tables.chunks[a:b, 1].sum() for a, b in tables.blocks[:, 2:4].tolist()]
     assert sum(read) <= 3 * (50 + 16)
 
 

@@ -74,6 +74,8 @@ SMALL = [
     # Lanes of long and short blocks, of few rows and many, one after the other.
     Check(316, heads=(8, 2), nodes=9, longest=250, rows=20, processors=1),
     Check(319, heads=(16, 2), nodes=9, longest=300, rows=30, processors=2, sinks=True),
+    # Wide blocks with steps for a half of their rows.
+    Check(328, heads=(32, 2), nodes=20, longest=150, rows=24, processors=2),
 ]
 LARGE = [
     *(Check(10 + d, dims=(d, d)) for d in (64, 80, 96, 128, 192, 256)),
