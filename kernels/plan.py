@@ -9,7 +9,7 @@ nodes, rows or tiles.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ _HEADER = 4 + 2 * len(_TABLES)
 _ALIGN = 64
 _CHUNK = 32  # tokens; more waste more of a tile where nodes are short
 _NOWHERE = -(1 << 30)
+MERGE = 1.6e-7
 
 
 class Nodes(NamedTuple):
@@ -96,11 +97,14 @@ class Machine:
         shapes: ascending by rows. A group wider than the last is a block of that shape.
         partial: what a byte of a partial costs, in bytes of K and V read once.
         half: rows of a block that are computed apart from those behind them; 0: none are.
+        narrow: what a step of those costs, or of a block of no more; one of all rows = 1. If that
+            is less, packs of narrow blocks alone are tried, too, and the faster plan is taken.
     """
 
     shapes: tuple[Shape, ...]
     partial: float = 1
     half: int = 0
+    narrow: float = 1
 
     @staticmethod
     def cpu() -> Machine:
@@ -124,10 +128,10 @@ class Machine:
         if is_hopper(heads, major):
             # A partial has a block to begin and end beside its bytes.
             shapes = (
-                Shape(64, 64, processors, 256, 1.0, 64),
-                Shape(128, 64, processors, 256, 1.3, 64),
+                Shape(64, 64, processors, 256, 1.0, 128),
+                Shape(128, 64, processors, 256, 1.0, 128),
             )
-            return Machine(shapes, partial=4, half=64)
+            return Machine(shapes, partial=4, half=64, narrow=0.8)
         # Products on cores that are not made for them cost in proportion to the rows.
         dear = heads.itemsize > 2 or max(heads.key_dim, heads.value_dim) > 128
         shapes = (
@@ -369,11 +373,15 @@ def make_plan(
     node, position = np.asarray(node), np.asarray(position)
     _check(nodes, node, position, heads, page_size)
     forest = _compress(nodes, node, position, window)
-    tiles = _query_tiles(forest, heads, machine)
-    runs = _runs(nodes, forest, tiles, position, ahead, window)
-    position = np.where(node < 0, _NOWHERE, position)
-    tables = _tables(nodes, forest.rows, tiles, runs, position, page_size, heads, machine)
-    return Plan(tables, heads)
+    known = np.where(node < 0, _NOWHERE, position)
+    every, plans = len(machine.shapes), []
+    # A plan for one forward is not worth the search.
+    for shapes in (every,) if machine.narrow == 1 or ahead == 0 else (1, every):
+        tiles = _query_tiles(forest, heads, replace(machine, shapes=machine.shapes[:shapes]))
+        runs = _runs(nodes, forest, tiles, position, ahead, window)
+        tables = _tables(nodes, forest.rows, tiles, runs, known, page_size, heads, machine)
+        plans.append(Plan(tables, heads))
+    return min(plans, key=lambda plan: _cost(plan, machine)) if len(plans) > 1 else plans[0]
 
 
 class _Forest(NamedTuple):
@@ -680,6 +688,28 @@ def _tables(
         position.astype(np.int32),
         page_size,
     )
+
+
+def _cost(plan: Plan, machine: Machine) -> float:
+    """About how long a plan takes, in steps: that of its longest lane, and the merge.
+
+    Args:
+        machine: one with halves.
+    """
+    tables, heads = plan.tables, plan.heads
+    blocks, lanes = tables.blocks, tables.lanes[:, 1]
+    if not len(blocks):
+        return 0.0
+    per_step = machine.shapes[0].tokens // machine.chunk(tables.page_size)
+    steps = (blocks[:, 3] - blocks[:, 2]) / per_step
+    both = (blocks[:, 4] - blocks[:, 2]) / per_step
+    both[(blocks[:, 1] - blocks[:, 0]) * heads.group <= machine.half] = 0
+    start = machine.shapes[0].start / machine.shapes[0].tokens
+    costs = start + both + (steps - both) * machine.narrow
+    jobs = np.repeat(np.add.reduceat(costs, lanes[:-1]), heads.kv)
+    programs = machine.shapes[0].programs
+    longest = np.bincount(np.arange(len(jobs)) % programs, jobs).max()
+    return longest + (plan.partials > 0) + plan.partials * heads.query * heads.value_dim * MERGE
 
 
 def _pairs(
