@@ -83,17 +83,6 @@ def _touch(p):
 
 
 @gluon.jit
-def _places(p_chunk, advance, CHUNKS: gl.constexpr, COLUMNS: gl.constexpr):
-    """Where a step's chunks lie; -1 for one of which nothing is seen yet."""
-    places = ()
-    for c in gl.static_range(CHUNKS):
-        p_c = p_chunk + c * COLUMNS
-        seen = gl.minimum(gl.load(p_c + 1), gl.load(p_c + 3) + advance)
-        places = places + (gl.where(seen > 0, gl.load(p_c), -1),)
-    return places
-
-
-@gluon.jit
 def _produce(
     desc,
     tiles,
@@ -112,34 +101,26 @@ def _produce(
     CHUNK: gl.constexpr = desc.block_type.shape[0]
     CHUNKS: gl.constexpr = tiles.shape[1] // CHUNK
     STAGES: gl.constexpr = tiles.shape[0]
-    BYTES: gl.constexpr = CHUNK * tiles.shape[2] * 2
+    BYTES: gl.constexpr = tiles.shape[1] * tiles.shape[2] * 2
     p_lanes = plan + 2 * W + LANES
     p_chunks = plan + gl.load(plan + 8)
-    advance = gl.load(plan + W) - gl.load(plan + 3)
     lanes = gl.load(plan + 7) // 5 - 1
     n = 0
     for i_j in range(gl.program_id(0), lanes * H, gl.num_programs(0)):
         i_h = i_j % H
         p_lane = p_lanes + i_j // H * 5
-        p_chunk = p_chunks + gl.load(p_lane) * COLUMNS
-        next_places = _places(p_chunk, advance, CHUNKS, COLUMNS)
         for i_c in range(gl.load(p_lane), gl.load(p_lane + 5), CHUNKS):
-            places = next_places
-            # Known before there is room. Behind the last of all chunks is another table.
-            p_chunk += CHUNKS * COLUMNS
-            next_places = _places(p_chunk, advance, CHUNKS, COLUMNS)
+            p_chunk = p_chunks + i_c * COLUMNS
             stage = n % STAGES
             bar = ready.index(stage)
             mbarrier.wait(free.index(stage), (n // STAGES & 1) ^ 1)
+            mbarrier.expect(bar, BYTES)
             for c in gl.static_range(CHUNKS):
-                if places[c] < 0:
-                    mbarrier.arrive(bar, count=1)
-                else:
-                    mbarrier.expect(bar, BYTES)
-                    row = places[c] // P * PAGE + i_h * HEAD + places[c] % P
-                    to = tiles.index(stage).slice(c * CHUNK, CHUNK)
-                    for part in gl.static_range(tiles.shape[2] // 64):
-                        async_load(desc, [row, part * 64], bar, to.slice(part * 64, 64, dim=1))
+                where = gl.load(p_chunk + c * COLUMNS)
+                row = where // P * PAGE + i_h * HEAD + where % P
+                to = tiles.index(stage).slice(c * CHUNK, CHUNK)
+                for part in gl.static_range(tiles.shape[2] // 64):
+                    async_load(desc, [row, part * 64], bar, to.slice(part * 64, 64, dim=1))
             n += 1
 
 
@@ -631,9 +612,9 @@ def hopper_kernel(
     l_turn = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     r_turn = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(i), count=BN // CHUNK)
+        mbarrier.init(k_ready.index(i), count=1)
         mbarrier.init(k_free.index(i), count=2)
-        mbarrier.init(v_ready.index(i), count=BN // CHUNK)
+        mbarrier.init(v_ready.index(i), count=1)
         mbarrier.init(v_free.index(i), count=2)
     mbarrier.init(l_ready.index(0), count=1)
     mbarrier.init(l_free.index(0), count=1)

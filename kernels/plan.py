@@ -21,7 +21,6 @@ _HEADER = 4 + 2 * len(_TABLES)
 _ALIGN = 64
 _CHUNK = 32  # tokens; more waste more of a tile where nodes are short
 _NOWHERE = -(1 << 30)
-MERGE = 1.6e-7
 
 
 class Nodes(NamedTuple):
@@ -97,8 +96,8 @@ class Machine:
         shapes: ascending by rows. A group wider than the last is a block of that shape.
         partial: what a byte of a partial costs, in bytes of K and V read once.
         half: rows of a block that are computed apart from those behind them; 0: none are.
-        narrow: what a step of those costs, or of a block of no more; one of all rows = 1. If that
-            is less, packs of narrow blocks alone are tried, too, and the faster plan is taken.
+        narrow: what a step of those costs, or of a block of no more; one of more rows = 1. If it is
+            less, plans of the first shape alone are tried, too, and the fastest is taken.
     """
 
     shapes: tuple[Shape, ...]
@@ -373,15 +372,18 @@ def make_plan(
     node, position = np.asarray(node), np.asarray(position)
     _check(nodes, node, position, heads, page_size)
     forest = _compress(nodes, node, position, window)
-    known = np.where(node < 0, _NOWHERE, position)
-    every, plans = len(machine.shapes), []
-    # A plan for one forward is not worth the search.
-    for shapes in (every,) if machine.narrow == 1 or ahead == 0 else (1, every):
-        tiles = _query_tiles(forest, heads, replace(machine, shapes=machine.shapes[:shapes]))
+    tilings = [_query_tiles(forest, heads, machine)]
+    # To search is not worth it for one forward, nor where much more would have to be read.
+    if machine.narrow < 1 and ahead != 0 and tilings[0].shape.any():
+        small = _query_tiles(forest, heads, replace(machine, shapes=machine.shapes[:1]))
+        tilings += [small] if small.cost < 1.4 * tilings[0].cost else []
+    plans = []
+    for tiles in tilings:
         runs = _runs(nodes, forest, tiles, position, ahead, window)
+        known = np.where(node < 0, _NOWHERE, position)
         tables = _tables(nodes, forest.rows, tiles, runs, known, page_size, heads, machine)
         plans.append(Plan(tables, heads))
-    return min(plans, key=lambda plan: _cost(plan, machine)) if len(plans) > 1 else plans[0]
+    return min(plans, key=lambda plan: _duration(plan, machine)) if plans[1:] else plans[0]
 
 
 class _Forest(NamedTuple):
@@ -456,6 +458,7 @@ class _Tiles(NamedTuple):
     order: np.ndarray  # [Q] tiles by shape, in the numbering of `pack`
     begin: np.ndarray  # [Q] first of rows, in that order
     shape: np.ndarray  # [Q] of the machine's
+    cost: float
 
 
 def _query_tiles(forest: _Forest, heads: Heads, machine: Machine) -> _Tiles:
@@ -513,6 +516,7 @@ def _query_tiles(forest: _Forest, heads: Heads, machine: Machine) -> _Tiles:
         order,
         begin[order],
         shape[order],
+        alone[: forest.levels[1]].sum() if chains else 0,
     )
 
 
@@ -652,7 +656,9 @@ def _tables(
         block = np.repeat(np.arange(len(blocks)), end - begin)
         seeing = np.stack([runs.begin[run], runs.end[run]]) - least[block]
         chunks[:, 5] = seeing[0] + (seeing[1] << 16)
-        order, pairs = _pairs(seeing * heads.group, counts * heads.group, block, step[tile], machine.half)
+        order, pairs = _pairs(
+            seeing * heads.group, counts * heads.group, block, step[tile], machine.half
+        )
         chunks = chunks[order]
         blocks[:, 4] = blocks[:, 3] - pairs
         chunks[:, 6] = blocks[block, 0]
@@ -690,26 +696,20 @@ def _tables(
     )
 
 
-def _cost(plan: Plan, machine: Machine) -> float:
-    """About how long a plan takes, in steps: that of its longest lane, and the merge.
-
-    Args:
-        machine: one with halves.
-    """
-    tables, heads = plan.tables, plan.heads
-    blocks, lanes = tables.blocks, tables.lanes[:, 1]
-    if not len(blocks):
-        return 0.0
-    per_step = machine.shapes[0].tokens // machine.chunk(tables.page_size)
-    steps = (blocks[:, 3] - blocks[:, 2]) / per_step
-    both = (blocks[:, 4] - blocks[:, 2]) / per_step
-    both[(blocks[:, 1] - blocks[:, 0]) * heads.group <= machine.half] = 0
-    start = machine.shapes[0].start / machine.shapes[0].tokens
-    costs = start + both + (steps - both) * machine.narrow
-    jobs = np.repeat(np.add.reduceat(costs, lanes[:-1]), heads.kv)
-    programs = machine.shapes[0].programs
-    longest = np.bincount(np.arange(len(jobs)) % programs, jobs).max()
-    return longest + (plan.partials > 0) + plan.partials * heads.query * heads.value_dim * MERGE
+def _duration(plan: Plan, machine: Machine) -> float:
+    """About how many steps a plan takes on a machine with halves: its longest lane, and a merge."""
+    tables = plan.tables
+    if not len(tables.blocks):
+        return 0
+    shape = machine.shapes[0]
+    rows, chunks = (np.diff(tables.blocks[:, i : i + 2])[:, 0] for i in (0, 2))
+    turns = tables.blocks[:, 3] - tables.blocks[:, 4]
+    turns = np.where(rows * plan.heads.group <= machine.half, chunks, turns)
+    steps = (chunks - (1 - machine.narrow) * turns) * machine.chunk(tables.page_size)
+    blocks = (steps + shape.start) / shape.tokens
+    lanes = np.repeat(np.add.reduceat(blocks, tables.lanes[:-1, 1]), plan.heads.kv)
+    longest = np.bincount(np.arange(len(lanes)) % shape.programs, lanes).max()
+    return longest + 2 * (plan.partials > 0)
 
 
 def _pairs(
