@@ -654,13 +654,14 @@ def _tables(
         written[rows[entry[~waits]]] = True
         slots = _stable_argsort(owners, len(position))
         block = np.repeat(np.arange(len(blocks)), end - begin)
-        seeing = np.stack([runs.begin[run], runs.end[run]]) - least[block]
-        chunks[:, 5] = seeing[0] + (seeing[1] << 16)
-        order, pairs = _pairs(
-            seeing * heads.group, counts * heads.group, block, step[tile], machine.half
-        )
-        chunks = chunks[order]
-        blocks[:, 4] = blocks[:, 3] - pairs
+        first, last = runs.begin[run] - least[block], runs.end[run] - least[block]
+        chunks[:, 5] = first + (last << 16)
+        side = np.where(last * heads.group <= machine.half, 1, 0)
+        side[first * heads.group >= machine.half] = 2
+        side[(counts * heads.group <= machine.half)[block]] = 0
+        order, turns = _turns(side, block, step[tile])
+        blocks[:, 4] = blocks[:, 3] - turns
+        chunks = chunks if order is None else chunks[order]
         chunks[:, 6] = blocks[block, 0]
         chunks[:, 7] = np.where(partial, np.cumsum(partial * counts) - counts, -1)[block]
         seen = (chunks[:, 1] == size) & (chunks[:, 3] >= size)
@@ -712,28 +713,25 @@ def _duration(plan: Plan, machine: Machine) -> float:
     return longest + 2 * (plan.partials > 0)
 
 
-def _pairs(
-    seeing: np.ndarray, counts: np.ndarray, block: np.ndarray, step: np.ndarray, half: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _turns(
+    side: np.ndarray, block: np.ndarray, step: np.ndarray
+) -> tuple[np.ndarray | None, np.ndarray]:
     """Has steps for one half of a block's rows, and for the other, follow each other in turn.
 
     Args:
-        seeing: [2, T] the rows that a chunk is for, first and end, in its block's.
-        counts: [B] rows of each block.
+        side: [T] 1 for chunks for the first half, 2 for the second, 0 for both.
         block: [T] the chunks'.
         step: [B] chunks of a step.
-        half: rows of the first half.
 
     Returns:
-        The chunks' new order, and how many of a block's come in such pairs of steps, at its end.
+        The chunks' new order, if it is another, and how many of each block's come in turn, at its
+        end.
     """
-    side = np.where(seeing[1] <= half, 1, np.where(seeing[0] >= half, 2, 0))
-    side[counts[block] <= half] = 0
     key = block * 3 + side
-    sizes = np.bincount(key, minlength=3 * len(counts)).reshape(-1, 3)
+    sizes = np.bincount(key, minlength=3 * len(step)).reshape(-1, 3)
     paired = sizes[:, 1:].min(1) // step * step
     if not paired.any():
-        return np.arange(len(block)), paired
+        return None, paired
     order = np.argsort(key, kind="stable")
     rank = np.empty(len(key), np.int64)
     rank[order] = np.arange(len(key)) - (np.cumsum(sizes) - sizes.ravel())[key[order]]
