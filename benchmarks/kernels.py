@@ -36,7 +36,7 @@ import torch
 import triton
 
 from pat_hf.cache.prefix_tree import PrefixTree
-from pat_hf.kernels import forward
+from pat_hf.kernels import forward, plan
 from pat_hf.kernels.ops import attention
 from pat_hf.kernels.plan import Heads, Machine, Nodes, make_plan
 
@@ -44,7 +44,7 @@ HERE = Path(__file__).parent
 DIM = 128
 BANDWIDTH, FLOPS = 4.3e12, 790e12
 FLOOR_US = 4.6  # of the peers' measurements; a higher one here would raise our shares alone
-IDEAS = ("packing", "tiles", "siblings", "splitting", "merge")
+IDEAS = ("packing", "tiles", "siblings", "search", "turns", "splitting", "merge")
 TREES = (
     "1,10_4096,416",
     "1,256_256,32",
@@ -197,7 +197,8 @@ def left_out(idea: str | None, processors: int, heads: Heads) -> Iterator[Machin
     """The machine to plan for, and kernels, with one of the ideas left out.
 
     packing: each request reads all of its path. tiles: as wide as the widest shape, where rows are.
-    siblings: nodes are read together only where that saves reading. splitting: no run of KV is cut.
+    siblings: nodes are read together only where that saves reading. search: one plan is made.
+    turns: all steps of a wide block are for all of its rows. splitting: no run of KV is cut.
     merge: not run, so the output is incomplete; what is saved is what the merge costs.
     """
     major = torch.cuda.get_device_capability()[0]
@@ -209,6 +210,11 @@ def left_out(idea: str | None, processors: int, heads: Heads) -> Iterator[Machin
             machine = replace(machine, shapes=(*narrow, widest))
         if idea == "siblings":
             machine = replace(machine, partial=0)
+        if idea == "search":
+            machine = replace(machine, narrow=1)
+        if idea == "turns":
+            none = lambda side, block, step: (None, np.zeros(len(step), int))  # noqa: E731
+            stack.enter_context(mock.patch.object(plan, "_turns", none))
         if idea == "splitting":
             whole = tuple(shape._replace(least=1 << 30) for shape in machine.shapes)
             machine = replace(machine, shapes=whole)

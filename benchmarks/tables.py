@@ -17,8 +17,9 @@ IDEAS = {
     "packing": "packing: each request reads its own path",
     "tiles": "tile shapes: all blocks are of the widest",
     "splitting": "splitting: no run of K and V is cut",
-    "overlap": "overlap: a shape's kernel waits for the one before",
     "siblings": "siblings: nodes are read together only where that saves reading",
+    "search": "search: one plan is made, with wide blocks",
+    "turns": "turns: all steps of a wide block are for all of its rows",
     "merge": "the merge kernel, i.e. its share of the time",
 }
 SIZES = {"30 to 100 MB": (30, 100), "100 to 500 MB": (100, 500), "over 500 MB": (500, 1e9)}

@@ -3,9 +3,10 @@
 What `forward.py` does, for layers without windows, in one kernel for all shapes: a program fills a
 multiprocessor, and its warps have parts. Two of them copy chunks of keys and of values, by TMA, as
 soon as there is room, two more the queries of the blocks to come. Two groups of four compute: each
-has half of a block's rows, or every other step of a block of up to 64, whose results are added up
-in shared memory; short ones of these they take in turn. While a group's matrix products with the
-values run, its weights for the next step are computed.
+has half of a block's rows, and of its steps all that are for them; or every other step of a block
+of up to 64 rows, whose results are added up in shared memory; short ones of these they take in
+turn. While a group's matrix products with the values run, its weights for the next step are
+computed.
 """
 
 from __future__ import annotations
@@ -367,23 +368,23 @@ def _consume(
     lanes = gl.load(plan + 7) // 5 - 1
     n = 0  # steps of this program so far
     done = 0  # blocks of this group
-    split = 0  # blocks of which the groups had different steps
+    split = 0  # blocks of which the groups had different steps, some at least
     turn = 0  # blocks of one group alone
     for i_j in range(gl.program_id(0), lanes * H, gl.num_programs(0)):
         i_h = i_j % H
         p_lane = p_lanes + i_j // H * 5
         next_begin = gl.load(p_lane)
         next_row, next_end = gl.load(p_lane + 2), gl.load(p_lane + 3)
-        next_half = gl.load(p_lane + 4)
+        next_turns = gl.load(p_lane + 4)
         for i_b in range(gl.load(p_lane + 1), gl.load(p_lane + 6)):
-            row, begin, half = next_row, next_begin, next_half
+            row, begin, turns = next_row, next_begin, next_turns
             count = (next_end - row) * G
             slot = gl.load(p_chunks + begin * COLUMNS + 7)
             # Of the last block of all it is another table that is read, to no end.
             p_block = p_blocks + i_b * 5
             next_begin = gl.load(p_block + 3)
             next_row, next_end = gl.load(p_block + 5), gl.load(p_block + 6)
-            next_half = gl.load(p_block + 9)
+            next_turns = gl.load(p_block + 9)
             steps = (next_begin - begin) // CHUNKS
             wide, alone, mine = _turns(count, steps, turn, GROUP)
             # Parities tell a step from the one before it only, so each group knows of all steps
@@ -402,10 +403,10 @@ def _consume(
             if mine:
                 first = wide * (64 * GROUP)
                 shared = (wide == 0) & (alone == 0)
-                # The first steps are this group's, every other of those behind.
-                all = wide * ((half - begin) // CHUNKS) + alone.to(gl.int32) * steps
-                i = (all == 0).to(gl.int32) * GROUP
-                meets = (alone == 0) & (all < steps)
+                # So many steps at first are this group's, and every other of those behind.
+                whole = wide * ((turns - begin) // CHUNKS) + alone.to(gl.int32) * steps
+                i = (whole == 0).to(gl.int32) * GROUP
+                meets = (alone == 0) & (whole < steps)
                 o_q = (first + o_m) // G
                 i_n = done % 2 * 2
                 b_max = gl.full([64], float("-inf"), gl.float32, S_ROWS)
@@ -427,16 +428,16 @@ def _consume(
                 mbarrier.wait(k_ready.index(at % STAGES), at // STAGES & 1)
                 next_s = _scores(queries, k_tiles.index(at % STAGES), S)
                 b_s = warpgroup_mma_wait(0, [next_s])
-                _release(k_free.index(at % STAGES), wide & (i < all))
+                _release(k_free.index(at % STAGES), wide & (i < whole))
                 b_p, b_max, b_sum, b_old = _weights(
                     b_s, b_max, b_sum, flags, bounds, o_q, o_p, o_n, qk_scale, softcap,
                     S, CHUNK, USE_SOFTCAP,
                 )  # fmt: skip
                 weights = gl.convert_layout(b_p.to(DTYPE), WEIGHTS)
                 mbarrier.wait(v_ready.index(at % STAGES), at // STAGES & 1)
-                for _ in range(1, all + (steps - all + 1 - GROUP) // 2):
+                for _ in range(1, whole + (steps - whole + 1 - GROUP) // 2):
                     stage = at % STAGES
-                    stride = 1 + (i >= all).to(gl.int32) + (i + 1 == all).to(gl.int32) * GROUP
+                    stride = 1 + (i >= whole).to(gl.int32) + (i + 1 == whole).to(gl.int32) * GROUP
                     ahead = at + stride
                     unread = flags & 4 == 0
                     flags = gl.load(p_chunk + stride * STEP + 8)
@@ -448,7 +449,7 @@ def _consume(
                     next_s = _scores(queries, k_tiles.index(ahead % STAGES), S)
                     next_out = warpgroup_mma(weights, v_tiles.index(stage), b_out, is_async=True)
                     b_s = warpgroup_mma_wait(1, [next_s])
-                    _release(k_free.index(ahead % STAGES), wide & (i + stride < all))
+                    _release(k_free.index(ahead % STAGES), wide & (i + stride < whole))
                     b_p, b_max, b_sum, b_old = _weights(
                         b_s, b_max, b_sum, flags, bounds, o_q, o_p, o_n, qk_scale, softcap,
                         S, CHUNK, USE_SOFTCAP,
@@ -456,7 +457,7 @@ def _consume(
                     o_old = gl.convert_layout(b_old, O_ROWS)[:, None]
                     mbarrier.wait(v_ready.index(ahead % STAGES), ahead // STAGES & 1)
                     b_out = warpgroup_mma_wait(0, [next_out]) * o_old
-                    _release(v_free.index(stage), wide & (i < all))
+                    _release(v_free.index(stage), wide & (i < whole))
                     weights = gl.convert_layout(b_p.to(DTYPE), WEIGHTS)
                     at = ahead
                     i += stride
@@ -465,7 +466,7 @@ def _consume(
                     _clear_unread(v_tiles.index(stage), p_chunk, advance, CHUNK, COLUMNS)
                 next_out = warpgroup_mma(weights, v_tiles.index(stage), b_out, is_async=True)
                 b_out = warpgroup_mma_wait(0, [next_out])
-                _release(v_free.index(stage), wide & (i < all))
+                _release(v_free.index(stage), wide & (i < whole))
 
                 f_max = gl.convert_layout(b_max, O_ROWS)
                 f_sum = gl.convert_layout(gl.sum(b_sum, 1), O_ROWS)

@@ -96,8 +96,8 @@ class Machine:
         shapes: ascending by rows. A group wider than the last is a block of that shape.
         partial: what a byte of a partial costs, in bytes of K and V read once.
         half: rows of a block that are computed apart from those behind them; 0: none are.
-        narrow: what a step of those costs, or of a block of no more; one of more rows = 1. If it is
-            less, plans of the first shape alone are tried, too, and the fastest is taken.
+        narrow: what a step for those costs, one for more = 1. If that is less, plans of the first
+            shape alone are tried, too, and the fastest is taken.
     """
 
     shapes: tuple[Shape, ...]
@@ -179,7 +179,7 @@ class Tables(NamedTuple):
         shapes: [S, 6], for each of the machine's: m, n, first block, end block, first lane, end
             lane. Blocks and lanes are sorted by shape.
         lanes: [L+1, 5] first chunk, first block; those of the next lane end it. And of that block:
-            first row, end row, first chunk of steps in pairs.
+            first row, end row, first chunk in turns.
         chunks: [T, 9] its place, page times page size plus slot; tokens; position of the first;
             tokens up to the furthest position of the rows that it is for, and up to the hindmost,
             as planned, whether they are in the chunk or not; those rows, first + end << 16, in the
@@ -188,8 +188,8 @@ class Tables(NamedTuple):
             number of the block's rows, plus 1 in a block's first chunk, plus 2 where all rows see
             all tokens of the step, 4 where each of those is seen. The last chunks of a block may be
             empty.
-        blocks: [B, 5] first row, end row (into `rows`), first chunk, end chunk; the first of those
-            chunks that come in pairs of steps, one for rows of the first half, one for the others.
+        blocks: [B, 5] first row, end row (into `rows`), first chunk, end chunk; and from which on
+            steps for the first half of the rows and for the others follow each other in turn.
         rows: [K] query rows, B * T of q [B, heads, T, dim] counted as b * T + t.
         slots: where the partials are, row by row.
         merge_rows: [M] the rows whose output no block writes: those of partials, or of no block.
@@ -377,10 +377,10 @@ def make_plan(
     if machine.narrow < 1 and ahead != 0 and tilings[0].shape.any():
         small = _query_tiles(forest, heads, replace(machine, shapes=machine.shapes[:1]))
         tilings += [small] if small.cost < 1.4 * tilings[0].cost else []
+    known = np.where(node < 0, _NOWHERE, position)
     plans = []
     for tiles in tilings:
         runs = _runs(nodes, forest, tiles, position, ahead, window)
-        known = np.where(node < 0, _NOWHERE, position)
         tables = _tables(nodes, forest.rows, tiles, runs, known, page_size, heads, machine)
         plans.append(Plan(tables, heads))
     return min(plans, key=lambda plan: _duration(plan, machine)) if plans[1:] else plans[0]
@@ -458,7 +458,7 @@ class _Tiles(NamedTuple):
     order: np.ndarray  # [Q] tiles by shape, in the numbering of `pack`
     begin: np.ndarray  # [Q] first of rows, in that order
     shape: np.ndarray  # [Q] of the machine's
-    cost: float
+    cost: float  # of all packs, see `_query_tiles`
 
 
 def _query_tiles(forest: _Forest, heads: Heads, machine: Machine) -> _Tiles:
