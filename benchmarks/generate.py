@@ -250,6 +250,7 @@ def measure(
         "tpot_ms": round(step * 1e3, 3),
         "decode_tokens_s": round(len(prompts) / step, 1),
         "first_call_s": round(calls[0]["end"], 3),
+        "first_call_ttft_s": round(calls[0]["ttft"], 3),
         "peak_gb": round(max(c["peak"] for c in calls) / 1e9, 2) if cuda else None,
         "floor_ms": round(floor, 3) if cuda else None,
         "floor_share": round(floor / step / 1e3, 3) if cuda else None,

@@ -44,7 +44,7 @@ HERE = Path(__file__).parent
 DIM = 128
 BANDWIDTH, FLOPS = 4.3e12, 790e12
 FLOOR_US = 4.6  # of the peers' measurements; a higher one here would raise our shares alone
-IDEAS = ("packing", "tiles", "siblings", "search", "turns", "splitting", "merge")
+IDEAS = ("packing", "tiles", "search", "turns", "splitting", "merge")
 TREES = (
     "1,10_4096,416",
     "1,256_256,32",
@@ -197,8 +197,8 @@ def left_out(idea: str | None, processors: int, heads: Heads) -> Iterator[Machin
     """The machine to plan for, and kernels, with one of the ideas left out.
 
     packing: each request reads all of its path. tiles: as wide as the widest shape, where rows are.
-    siblings: nodes are read together only where that saves reading. search: one plan is made.
-    turns: all steps of a wide block are for all of its rows. splitting: no run of KV is cut.
+    search: one plan is made. turns: all steps of a wide block are for all of its rows.
+    splitting: no run of KV is cut.
     merge: not run, so the output is incomplete; what is saved is what the merge costs.
     """
     major = torch.cuda.get_device_capability()[0]
@@ -208,8 +208,6 @@ def left_out(idea: str | None, processors: int, heads: Heads) -> Iterator[Machin
             widest = machine.shapes[-1]
             narrow = tuple(shape._replace(cost=9 * widest.cost) for shape in machine.shapes[:-1])
             machine = replace(machine, shapes=(*narrow, widest))
-        if idea == "siblings":
-            machine = replace(machine, partial=0)
         if idea == "search":
             machine = replace(machine, narrow=1)
         if idea == "turns":

@@ -17,7 +17,6 @@ IDEAS = {
     "packing": "packing: each request reads its own path",
     "tiles": "tile shapes: all blocks are of the widest",
     "splitting": "splitting: no run of K and V is cut",
-    "siblings": "siblings: nodes are read together only where that saves reading",
     "search": "search: one plan is made, with wide blocks",
     "turns": "turns: all steps of a wide block are for all of its rows",
     "merge": "the merge kernel, i.e. its share of the time",
