@@ -135,6 +135,51 @@ def _turns(count, steps, turn, GROUP: gl.constexpr):
 
 
 @gluon.jit
+def _copy_queries(
+    q,
+    p_rows,
+    first,
+    count,
+    i_h,
+    positions_of,
+    sq_r,
+    sq_h,
+    tile,
+    numbers,
+    positions,
+    G: gl.constexpr,
+    K: gl.constexpr,
+):
+    """Copies up to 64 queries of a block from row `first` on, and their numbers and positions."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
+    PIECE: gl.constexpr = 16
+    PIECE_ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    o_m = gl.arange(0, 64, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    o_i = gl.arange(0, PIECE, layout=PIECE_ROWS)
+    o_k = gl.arange(0, 64, layout=gl.SliceLayout(0, LAYOUT))
+    i_m = gl.load(p_rows + (first + o_m) // G, mask=first + o_m < count, other=0)
+    i_p = gl.load(positions_of + i_m)
+    numbers.store(i_m)
+    barrier()
+    for i in gl.static_range(64 // PIECE):
+        o_r = first + i * PIECE + o_i
+        m_r = o_r < count
+        # Few registers: from memory they would come one after the other.
+        i_r = numbers.slice(i * PIECE, PIECE).load(PIECE_ROWS)
+        i_hq = i_h * G + o_r % G
+        p_q = q + (i_r.to(gl.int64) * sq_r + i_hq.to(gl.int64) * sq_h)
+        to = tile.slice(i * PIECE, PIECE)
+        for part in gl.static_range((K + 63) // 64):
+            m_q = m_r[:, None] & (part * 64 + o_k < K)[None, :]
+            p_x = p_q[:, None] + (part * 64 + o_k)[None, :]
+            copy_rows(to.slice(part * 64, 64, dim=1), p_x, mask=m_q)
+    async_copy.commit_group()
+    positions.store(i_p)
+    async_copy.wait_group(0)
+    barrier()
+
+
+@gluon.jit
 def _fetch(
     GROUP: gl.constexpr,
     q,
@@ -154,15 +199,9 @@ def _fetch(
     COLUMNS: gl.constexpr,
 ):
     """Copies the queries of a group's blocks, and their rows' numbers and positions."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    PIECE: gl.constexpr = 16
-    PIECE_ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    o_m = gl.arange(0, 64, layout=gl.BlockedLayout([1], [32], [1], [0]))
-    o_i = gl.arange(0, PIECE, layout=PIECE_ROWS)
-    o_k = gl.arange(0, 64, layout=gl.SliceLayout(0, LAYOUT))
     p_lanes = plan + 2 * W + LANES
     p_blocks = plan + gl.load(plan + 10)
-    p_all_rows = plan + gl.load(plan + 12)
+    p_rows = plan + gl.load(plan + 12)
     lanes = gl.load(plan + 7) // 5 - 1
     n = 0
     turn = 0
@@ -182,29 +221,11 @@ def _fetch(
             turn += alone.to(gl.int32)
             if mine:
                 i_n = n % 2 * 2
-                first = wide * (64 * GROUP)
-                p_rows = p_all_rows + row
                 mbarrier.wait(free.index(0), (n & 1) ^ 1)
-                i_m = gl.load(p_rows + (first + o_m) // G, mask=first + o_m < count, other=0)
-                i_p = gl.load(plan + W + i_m)
-                numbers.index(i_n).store(i_m)
-                barrier()
-                for i in gl.static_range(64 // PIECE):
-                    o_r = first + i * PIECE + o_i
-                    m_r = o_r < count
-                    # Few registers: from memory they would come one after the other.
-                    i_r = numbers.index(i_n).slice(i * PIECE, PIECE).load(PIECE_ROWS)
-                    i_hq = i_h * G + o_r % G
-                    p_q = q + (i_r.to(gl.int64) * sq_r + i_hq.to(gl.int64) * sq_h)
-                    to = tile.slice(i * PIECE, PIECE)
-                    for part in gl.static_range((K + 63) // 64):
-                        m_q = m_r[:, None] & (part * 64 + o_k < K)[None, :]
-                        p_x = p_q[:, None] + (part * 64 + o_k)[None, :]
-                        copy_rows(to.slice(part * 64, 64, dim=1), p_x, mask=m_q)
-                async_copy.commit_group()
-                numbers.index(i_n + 1).store(i_p)
-                async_copy.wait_group(0)
-                barrier()
+                _copy_queries(
+                    q, p_rows + row, wide * (64 * GROUP), count, i_h, plan + W, sq_r, sq_h,
+                    tile, numbers.index(i_n), numbers.index(i_n + 1), G, K,
+                )  # fmt: skip
                 mbarrier.arrive(ready.index(0), count=1)
                 n += 1
 
@@ -307,6 +328,219 @@ def _clear_unread(v_tile, p_chunk, advance, CHUNK: gl.constexpr, COLUMNS: gl.con
 
 
 @gluon.jit
+def _attend(
+    GROUP: gl.constexpr,
+    p_chunk,
+    n,
+    steps,
+    halved,
+    wide,
+    alone,
+    done,
+    split,
+    advance,
+    qk_scale,
+    softcap,
+    q_tile,
+    numbers,
+    k_tiles,
+    v_tiles,
+    q_ready,
+    q_free,
+    k_ready,
+    k_free,
+    v_ready,
+    v_free,
+    spare,
+    other_lse,
+    room,
+    sent,
+    taken,
+    G: gl.constexpr,
+    CHUNK: gl.constexpr,
+    COLUMNS: gl.constexpr,
+    USE_SOFTCAP: gl.constexpr,
+):
+    """A group's share of a block, of `steps` steps from p_chunk on: maxima, base 2, sums, results
+    and the next `split`. Each of a wide block's first `halved` steps is for rows of both groups.
+
+    Not written out inside the loops: Triton goes through a loop's body twice, so through that of
+    three loops eight times, which took most of the time to compile the kernel.
+    """
+    DTYPE: gl.constexpr = q_tile.dtype
+    BN: gl.constexpr = k_tiles.shape[1]
+    BV: gl.constexpr = v_tiles.shape[2]
+    STAGES: gl.constexpr = k_tiles.shape[0]
+    CHUNKS: gl.constexpr = BN // CHUNK
+    STEP: gl.constexpr = CHUNKS * COLUMNS
+    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BV, 16])
+    S_ROWS: gl.constexpr = gl.SliceLayout(1, S)
+    O_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
+    QUERIES: gl.constexpr = gl.DotOperandLayout(0, S, 2)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    o_m = gl.arange(0, 64, layout=S_ROWS)
+    o_n = gl.arange(0, BN, layout=gl.SliceLayout(0, S))
+    other_out = reinterpret(spare, gl.float32, [64, BV], gl.NVMMASharedLayout(128, 32, 2))
+    first = wide * (64 * GROUP)
+    shared = (wide == 0) & (alone == 0)
+    # So many steps at first are this group's, and every other of those behind.
+    whole = wide * halved + alone.to(gl.int32) * steps
+    i = (whole == 0).to(gl.int32) * GROUP
+    meets = (alone == 0) & (whole < steps)
+    o_q = (first + o_m) // G
+    i_n = done % 2 * 2
+    b_max = gl.full([64], float("-inf"), gl.float32, S_ROWS)
+    b_sum = gl.full([64, 2], 0.0, gl.float32, SUMS)
+    b_out = gl.full([64, BV], 0.0, gl.float32, OUT)
+    if meets:
+        # This group is through with all blocks before, and `spare` with them.
+        if GROUP == 0:
+            barrier()
+            mbarrier.arrive(room.index(0), count=1)
+    mbarrier.wait(q_ready.index(0), done & 1)
+    at = n + i
+    p_chunk += i * STEP
+    flags, bounds = gl.load(p_chunk + 8), _bounds(p_chunk, CHUNKS, COLUMNS)
+    queries = q_tile.load(QUERIES)
+    o_p = numbers.index(i_n + 1).load(S_ROWS)
+    barrier()
+    mbarrier.arrive(q_free.index(0), count=1)
+    mbarrier.wait(k_ready.index(at % STAGES), at // STAGES & 1)
+    next_s = _scores(queries, k_tiles.index(at % STAGES), S)
+    b_s = warpgroup_mma_wait(0, [next_s])
+    _release(k_free.index(at % STAGES), wide & (i < whole))
+    b_p, b_max, b_sum, b_old = _weights(
+        b_s, b_max, b_sum, flags, bounds, o_q, o_p, o_n, qk_scale, softcap,
+        S, CHUNK, USE_SOFTCAP,
+    )  # fmt: skip
+    weights = gl.convert_layout(b_p.to(DTYPE), WEIGHTS)
+    mbarrier.wait(v_ready.index(at % STAGES), at // STAGES & 1)
+    for _ in range(1, whole + (steps - whole + 1 - GROUP) // 2):
+        stage = at % STAGES
+        stride = 1 + (i >= whole).to(gl.int32) + (i + 1 == whole).to(gl.int32) * GROUP
+        ahead = at + stride
+        unread = flags & 4 == 0
+        flags = gl.load(p_chunk + stride * STEP + 8)
+        bounds = _bounds(p_chunk + stride * STEP, CHUNKS, COLUMNS)
+        if unread:
+            _clear_unread(v_tiles.index(stage), p_chunk, advance, CHUNK, COLUMNS)
+        p_chunk += stride * STEP
+        mbarrier.wait(k_ready.index(ahead % STAGES), ahead // STAGES & 1)
+        next_s = _scores(queries, k_tiles.index(ahead % STAGES), S)
+        next_out = warpgroup_mma(weights, v_tiles.index(stage), b_out, is_async=True)
+        b_s = warpgroup_mma_wait(1, [next_s])
+        _release(k_free.index(ahead % STAGES), wide & (i + stride < whole))
+        b_p, b_max, b_sum, b_old = _weights(
+            b_s, b_max, b_sum, flags, bounds, o_q, o_p, o_n, qk_scale, softcap,
+            S, CHUNK, USE_SOFTCAP,
+        )  # fmt: skip
+        o_old = gl.convert_layout(b_old, O_ROWS)[:, None]
+        mbarrier.wait(v_ready.index(ahead % STAGES), ahead // STAGES & 1)
+        b_out = warpgroup_mma_wait(0, [next_out]) * o_old
+        _release(v_free.index(stage), wide & (i < whole))
+        weights = gl.convert_layout(b_p.to(DTYPE), WEIGHTS)
+        at = ahead
+        i += stride
+    stage = at % STAGES
+    if flags & 4 == 0:
+        _clear_unread(v_tiles.index(stage), p_chunk, advance, CHUNK, COLUMNS)
+    next_out = warpgroup_mma(weights, v_tiles.index(stage), b_out, is_async=True)
+    b_out = warpgroup_mma_wait(0, [next_out])
+    _release(v_free.index(stage), wide & (i < whole))
+
+    f_max = gl.convert_layout(b_max, O_ROWS)
+    f_sum = gl.convert_layout(gl.sum(b_sum, 1), O_ROWS)
+    if meets:
+        # Each waits for the other, for the parities' sake, too.
+        if GROUP == 1:
+            mbarrier.wait(room.index(0), split & 1)
+            if shared:
+                other_lse.store(f_max + gl.log2(f_sum))
+                scale = 1.0 / gl.where(f_sum == 0.0, 1.0, f_sum)
+                other_out.store(b_out * scale[:, None])
+            barrier()
+            mbarrier.arrive(sent.index(0), count=1)
+            mbarrier.wait(taken.index(0), split & 1)
+        else:
+            mbarrier.wait(sent.index(0), split & 1)
+            if shared:
+                o_max = other_lse.load(O_ROWS)
+                f_top = gl.maximum(f_max, o_max)
+                f_ref = gl.where(f_top == float("-inf"), 0.0, f_top)
+                f_old, o_old = gl.exp2(f_max - f_ref), gl.exp2(o_max - f_ref)
+                f_max = f_top
+                f_sum = f_sum * f_old + o_old
+                b_out = b_out * f_old[:, None]
+                b_out += other_out.load(OUT) * o_old[:, None]
+            barrier()
+            mbarrier.arrive(taken.index(0), count=1)
+        split += 1
+    return f_max, f_sum, b_out, split
+
+
+@gluon.jit
+def _write(
+    GROUP: gl.constexpr,
+    f_max,
+    f_sum,
+    b_out,
+    slot,
+    i_h,
+    first,
+    count,
+    out,
+    partial,
+    lse,
+    sinks,
+    numbers,
+    spare,
+    H: gl.constexpr,
+    G: gl.constexpr,
+    V: gl.constexpr,
+    USE_SINKS: gl.constexpr,
+):
+    """Writes what `_attend` gives, of a block's rows from `first` on: results, or partials."""
+    BV: gl.constexpr = spare.shape[2]
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BV, 16])
+    o_f = gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
+    o_b = first + o_f
+    m_f = o_b < count
+    if slot >= 0:
+        i_p = (slot + o_b // G).to(gl.int64) * (H * G) + i_h * G + o_b % G
+        gl.store(lse + i_p, f_max + gl.log2(f_sum), mask=m_f)
+        b_out = b_out * (1.0 / gl.where(f_sum == 0.0, 1.0, f_sum))[:, None]
+        o_v = gl.arange(0, BV, layout=gl.SliceLayout(0, OUT))
+        p_p = partial + i_p[:, None] * V + o_v[None, :]
+        m_p = m_f[:, None] & (o_v < V)[None, :]
+        gl.store(p_p, b_out, mask=m_p, eviction_policy="evict_last")
+    else:
+        if USE_SINKS:
+            p_sink = sinks + i_h * G + o_b % G
+            b_sink = gl.load(p_sink, mask=m_f, other=0.0).to(gl.float32)
+            b_sink = b_sink * 1.4426950408889634
+            f_top = gl.maximum(f_max, b_sink)
+            f_old = gl.exp2(f_max - f_top)
+            f_scale = f_old / (f_sum * f_old + gl.exp2(b_sink - f_top))
+        else:
+            f_scale = 1.0 / gl.where(f_sum == 0.0, 1.0, f_sum)
+        # By way of shared memory, for lines to be written whole: Triton's own for changes of layout
+        # would be the same for both groups.
+        tile = spare.index(GROUP)
+        tile.store((b_out * f_scale[:, None]).to(spare.dtype))
+        barrier()
+        o_x = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
+        i_r = numbers.load(gl.SliceLayout(1, ROWS))
+        o_x += first
+        i_o = i_r.to(gl.int64) * (H * G) + i_h * G + o_x % G
+        for part in gl.static_range(BV // 64):
+            o_c = part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, ROWS))
+            m_x = (o_x < count)[:, None] & (o_c < V)[None, :]
+            p_x = out + i_o[:, None] * V + o_c[None, :]
+            gl.store(p_x, tile.slice(part * 64, 64, dim=1).load(ROWS), mask=m_x)
+
+
+@gluon.jit
 def _consume(
     GROUP: gl.constexpr,
     plan,
@@ -344,23 +578,8 @@ def _consume(
     USE_SINKS: gl.constexpr,
 ):
     """One of the two groups that compute."""
-    DTYPE: gl.constexpr = q_tile.dtype
-    BN: gl.constexpr = k_tiles.shape[1]
-    BV: gl.constexpr = v_tiles.shape[2]
+    CHUNKS: gl.constexpr = k_tiles.shape[1] // CHUNK
     STAGES: gl.constexpr = k_tiles.shape[0]
-    CHUNKS: gl.constexpr = BN // CHUNK
-    STEP: gl.constexpr = CHUNKS * COLUMNS
-    S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BV, 16])
-    S_ROWS: gl.constexpr = gl.SliceLayout(1, S)
-    O_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
-    QUERIES: gl.constexpr = gl.DotOperandLayout(0, S, 2)
-    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-    o_m = gl.arange(0, 64, layout=S_ROWS)
-    o_n = gl.arange(0, BN, layout=gl.SliceLayout(0, S))
-    o_f = gl.arange(0, 64, layout=O_ROWS)
-    other_out = reinterpret(spare, gl.float32, [64, BV], gl.NVMMASharedLayout(128, 32, 2))
-
     p_lanes = plan + 2 * W + LANES
     p_chunks = plan + gl.load(plan + 8)
     p_blocks = plan + gl.load(plan + 10)
@@ -379,7 +598,8 @@ def _consume(
         for i_b in range(gl.load(p_lane + 1), gl.load(p_lane + 6)):
             row, begin, turns = next_row, next_begin, next_turns
             count = (next_end - row) * G
-            slot = gl.load(p_chunks + begin * COLUMNS + 7)
+            p_chunk = p_chunks + begin * COLUMNS
+            slot = gl.load(p_chunk + 7)
             # Of the last block of all it is another table that is read, to no end.
             p_block = p_blocks + i_b * 5
             next_begin = gl.load(p_block + 3)
@@ -401,135 +621,18 @@ def _consume(
                     mbarrier.wait(other_turn.index(0), turn // 2 & 1)
                 turn += 1
             if mine:
-                first = wide * (64 * GROUP)
-                shared = (wide == 0) & (alone == 0)
-                # So many steps at first are this group's, and every other of those behind.
-                whole = wide * ((turns - begin) // CHUNKS) + alone.to(gl.int32) * steps
-                i = (whole == 0).to(gl.int32) * GROUP
-                meets = (alone == 0) & (whole < steps)
-                o_q = (first + o_m) // G
-                i_n = done % 2 * 2
-                b_max = gl.full([64], float("-inf"), gl.float32, S_ROWS)
-                b_sum = gl.full([64, 2], 0.0, gl.float32, SUMS)
-                b_out = gl.full([64, BV], 0.0, gl.float32, OUT)
-                if meets:
-                    # This group is through with all blocks before, and `spare` with them.
-                    if GROUP == 0:
-                        barrier()
-                        mbarrier.arrive(room.index(0), count=1)
-                mbarrier.wait(q_ready.index(0), done & 1)
-                at = n + i
-                p_chunk = p_chunks + begin * COLUMNS + i * STEP
-                flags, bounds = gl.load(p_chunk + 8), _bounds(p_chunk, CHUNKS, COLUMNS)
-                queries = q_tile.load(QUERIES)
-                o_p = numbers.index(i_n + 1).load(S_ROWS)
-                barrier()
-                mbarrier.arrive(q_free.index(0), count=1)
-                mbarrier.wait(k_ready.index(at % STAGES), at // STAGES & 1)
-                next_s = _scores(queries, k_tiles.index(at % STAGES), S)
-                b_s = warpgroup_mma_wait(0, [next_s])
-                _release(k_free.index(at % STAGES), wide & (i < whole))
-                b_p, b_max, b_sum, b_old = _weights(
-                    b_s, b_max, b_sum, flags, bounds, o_q, o_p, o_n, qk_scale, softcap,
-                    S, CHUNK, USE_SOFTCAP,
+                f_max, f_sum, b_out, split = _attend(
+                    GROUP, p_chunk, n, steps, (turns - begin) // CHUNKS, wide, alone, done, split,
+                    advance, qk_scale, softcap, q_tile, numbers, k_tiles, v_tiles,
+                    q_ready, q_free, k_ready, k_free, v_ready, v_free,
+                    spare, other_lse, room, sent, taken, G, CHUNK, COLUMNS, USE_SOFTCAP,
                 )  # fmt: skip
-                weights = gl.convert_layout(b_p.to(DTYPE), WEIGHTS)
-                mbarrier.wait(v_ready.index(at % STAGES), at // STAGES & 1)
-                for _ in range(1, whole + (steps - whole + 1 - GROUP) // 2):
-                    stage = at % STAGES
-                    stride = 1 + (i >= whole).to(gl.int32) + (i + 1 == whole).to(gl.int32) * GROUP
-                    ahead = at + stride
-                    unread = flags & 4 == 0
-                    flags = gl.load(p_chunk + stride * STEP + 8)
-                    bounds = _bounds(p_chunk + stride * STEP, CHUNKS, COLUMNS)
-                    if unread:
-                        _clear_unread(v_tiles.index(stage), p_chunk, advance, CHUNK, COLUMNS)
-                    p_chunk += stride * STEP
-                    mbarrier.wait(k_ready.index(ahead % STAGES), ahead // STAGES & 1)
-                    next_s = _scores(queries, k_tiles.index(ahead % STAGES), S)
-                    next_out = warpgroup_mma(weights, v_tiles.index(stage), b_out, is_async=True)
-                    b_s = warpgroup_mma_wait(1, [next_s])
-                    _release(k_free.index(ahead % STAGES), wide & (i + stride < whole))
-                    b_p, b_max, b_sum, b_old = _weights(
-                        b_s, b_max, b_sum, flags, bounds, o_q, o_p, o_n, qk_scale, softcap,
-                        S, CHUNK, USE_SOFTCAP,
+                if (GROUP == 0) | (wide > 0) | alone:
+                    _write(
+                        GROUP, f_max, f_sum, b_out, slot, i_h, wide * (64 * GROUP), count,
+                        out, partial, lse, sinks, numbers.index(done % 2 * 2), spare,
+                        H, G, V, USE_SINKS,
                     )  # fmt: skip
-                    o_old = gl.convert_layout(b_old, O_ROWS)[:, None]
-                    mbarrier.wait(v_ready.index(ahead % STAGES), ahead // STAGES & 1)
-                    b_out = warpgroup_mma_wait(0, [next_out]) * o_old
-                    _release(v_free.index(stage), wide & (i < whole))
-                    weights = gl.convert_layout(b_p.to(DTYPE), WEIGHTS)
-                    at = ahead
-                    i += stride
-                stage = at % STAGES
-                if flags & 4 == 0:
-                    _clear_unread(v_tiles.index(stage), p_chunk, advance, CHUNK, COLUMNS)
-                next_out = warpgroup_mma(weights, v_tiles.index(stage), b_out, is_async=True)
-                b_out = warpgroup_mma_wait(0, [next_out])
-                _release(v_free.index(stage), wide & (i < whole))
-
-                f_max = gl.convert_layout(b_max, O_ROWS)
-                f_sum = gl.convert_layout(gl.sum(b_sum, 1), O_ROWS)
-                if meets:
-                    # Each waits for the other, for the parities' sake, too.
-                    if GROUP == 1:
-                        mbarrier.wait(room.index(0), split & 1)
-                        if shared:
-                            other_lse.store(f_max + gl.log2(f_sum))
-                            scale = 1.0 / gl.where(f_sum == 0.0, 1.0, f_sum)
-                            other_out.store(b_out * scale[:, None])
-                        barrier()
-                        mbarrier.arrive(sent.index(0), count=1)
-                        mbarrier.wait(taken.index(0), split & 1)
-                    else:
-                        mbarrier.wait(sent.index(0), split & 1)
-                        if shared:
-                            o_max = other_lse.load(O_ROWS)
-                            f_top = gl.maximum(f_max, o_max)
-                            f_ref = gl.where(f_top == float("-inf"), 0.0, f_top)
-                            f_old, o_old = gl.exp2(f_max - f_ref), gl.exp2(o_max - f_ref)
-                            f_max = f_top
-                            f_sum = f_sum * f_old + o_old
-                            b_out = b_out * f_old[:, None]
-                            b_out += other_out.load(OUT) * o_old[:, None]
-                        barrier()
-                        mbarrier.arrive(taken.index(0), count=1)
-                    split += 1
-                if (GROUP == 0) | (shared == 0):
-                    o_b = first + o_f
-                    m_f = o_b < count
-                    if slot >= 0:
-                        i_p = (slot + o_b // G).to(gl.int64) * (H * G) + i_h * G + o_b % G
-                        gl.store(lse + i_p, f_max + gl.log2(f_sum), mask=m_f)
-                        b_out = b_out * (1.0 / gl.where(f_sum == 0.0, 1.0, f_sum))[:, None]
-                        o_v = gl.arange(0, BV, layout=gl.SliceLayout(0, OUT))
-                        p_p = partial + i_p[:, None] * V + o_v[None, :]
-                        m_p = m_f[:, None] & (o_v < V)[None, :]
-                        gl.store(p_p, b_out, mask=m_p, eviction_policy="evict_last")
-                    else:
-                        if USE_SINKS:
-                            p_sink = sinks + i_h * G + o_b % G
-                            b_sink = gl.load(p_sink, mask=m_f, other=0.0).to(gl.float32)
-                            b_sink = b_sink * 1.4426950408889634
-                            f_top = gl.maximum(f_max, b_sink)
-                            f_old = gl.exp2(f_max - f_top)
-                            f_scale = f_old / (f_sum * f_old + gl.exp2(b_sink - f_top))
-                        else:
-                            f_scale = 1.0 / gl.where(f_sum == 0.0, 1.0, f_sum)
-                        # By way of shared memory, for lines to be written whole: Triton's own for
-                        # changes of layout would be the same for both groups.
-                        tile = spare.index(GROUP)
-                        tile.store((b_out * f_scale[:, None]).to(DTYPE))
-                        barrier()
-                        o_x = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
-                        i_r = numbers.index(i_n).load(gl.SliceLayout(1, ROWS))
-                        o_x += first
-                        i_o = i_r.to(gl.int64) * (H * G) + i_h * G + o_x % G
-                        for part in gl.static_range(BV // 64):
-                            o_c = part * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, ROWS))
-                            m_x = (o_x < count)[:, None] & (o_c < V)[None, :]
-                            p_x = out + i_o[:, None] * V + o_c[None, :]
-                            gl.store(p_x, tile.slice(part * 64, 64, dim=1).load(ROWS), mask=m_x)
                 done += 1
             n += steps
 

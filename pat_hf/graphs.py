@@ -23,7 +23,7 @@ from pat_hf.cache.pat_cache import PATCache
 from pat_hf.cache.step import KVLength, Step
 from pat_hf.cache.workspace import Workspace
 from pat_hf.kernels.ops import store
-from pat_hf.projections import joined, lay_together
+from pat_hf.projections import Product, joined, lay_together
 from pat_hf.support import modules
 
 logger = logging.get_logger(__name__)
@@ -105,6 +105,7 @@ class Graph:
         cache: its pages, and the plan and targets of its step, are captured by address.
         inputs: of the step; `input_ids` and `position_ids` are given anew with every replay.
         regime: of rotary frequencies, likewise.
+        products: of its model's layers, see `joined`.
         compiled: whether decoder layers go through torch.compile.
         pool: of PyTorch's allocator, to share with other graphs; `None` for one of its own.
     """
@@ -115,6 +116,7 @@ class Graph:
         cache: PATCache,
         inputs: dict[str, Any],
         regime: str | None = None,
+        products: Sequence[Product] = (),
         compiled: bool = False,
         pool: tuple[int, int] | None = None,
     ):
@@ -129,7 +131,7 @@ class Graph:
         stream = torch.cuda.Stream(device)
         stream.wait_stream(current)
         try:
-            with _capturing, joined(cache.model), self._frequencies.fixed(), layers, _cublaslt():
+            with _capturing, joined(products), self._frequencies.fixed(), layers, _cublaslt():
                 with torch.cuda.stream(stream):  # where PyTorch stays if a capture fails
                     # Compiles kernels; what it stores, the first replay stores again.
                     out = forward(**inputs)
@@ -209,9 +211,9 @@ class Decoder:
             self.reason = f"up to {steps:,} steps"
         else:
             self.mode, self.reason = mode, "as asked for"
-        self._state, self._weights = None, []
+        self._state, self._weights, self._products = None, [], []
         if self.mode != "eager":
-            lay_together(model)
+            self._products = lay_together(model)
             self._state = _state(model)
             # lay_together, in another thread, leaves alone what something refers to.
             self._weights = [
@@ -245,7 +247,7 @@ class Decoder:
             return None
         held = Pages(cache.pool.layers, cache.step)
         try:
-            with joined(cache.model), _compiled_layers(cache.model, held):
+            with _compiled_layers(cache.model, held), joined(self._products):
                 return forward(**inputs | {"attention_mask": None, "past_key_values": held})
         except Exception as error:
             self._step_down(error)
@@ -279,7 +281,9 @@ class Decoder:
             workspace.make_room(shape, self._state)
             try:
                 compiled = self.mode == "compiled"
-                graph = Graph(forward, cache, inputs, regime, compiled, workspace.pool)
+                graph = Graph(
+                    forward, cache, inputs, regime, self._products, compiled, workspace.pool
+                )
                 workspace.graphs[shape], workspace.pool = (key, graph), graph.pool
             except Exception as error:
                 workspace.pool = None  # PyTorch takes a failed capture to go on in it

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -23,15 +24,34 @@ _NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _lock = threading.Lock()
 
 
-def lay_together(model: nn.Module) -> None:
+class Product(NamedTuple):
+    """Projections that can be computed together.
+
+    Attributes:
+        parent: the module that has them, by `names`.
+        linears: those layers.
+        weight: theirs, which lie together, [sum of their outputs, inputs]; bias: likewise, if any.
+    """
+
+    parent: nn.Module
+    names: tuple[str, ...]
+    linears: list[nn.Linear]
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+def lay_together(model: nn.Module) -> list[Product]:
     """Moves weights that are used together side by side, each still a parameter of its own.
 
     Left where they are: those that anything else refers to (a flat buffer of an optimizer, say), or
     that are no plain tensors.
+
+    Returns:
+        What lies together now. As long as it is held, another call leaves it where it is.
     """
-    moved = False
+    moved, products = False, []
     with _lock, torch.inference_mode(False), torch.no_grad():
-        for _, _, linears in _siblings(model):
+        for parent, names, linears in _siblings(model):
             for tensors in _parameters(linears):
                 if _lie_together(tensors) or not all(map(_alone, tensors)):
                     continue
@@ -43,54 +63,52 @@ def lay_together(model: nn.Module) -> None:
                     torch.cuda.synchronize(whole.device)
                 moved = True
                 del before
+            if all(map(_lie_together, _parameters(linears))):
+                products.append(Product(parent, names, linears, *_whole(linears)))
     if moved:
         torch.cuda.empty_cache()  # of where they were
+    return products
 
 
 @contextmanager
-def joined(model: nn.Module) -> Iterator[None]:
+def joined(products: list[Product]) -> Iterator[None]:
     """For its length, projections whose weights lie together are computed together.
 
     They are again as they were at its end. A forward must not change its hidden states in place
     between one projection and the next.
+
+    Args:
+        products: from `lay_together`, since when no weights were moved.
     """
-    replaced = []
     try:
-        for parent, names, linears in list(_siblings(model)):
-            if not all(map(_lie_together, _parameters(linears))):
-                continue
-            whole, held = _whole(linears), [None]
-            for i, (name, linear) in enumerate(zip(names, linears, strict=True)):
-                parent._modules[name] = _Projection(linears, i, whole, held)
-                replaced.append((parent, name, linear))
+        for product in products:
+            held = [None]
+            for i, name in enumerate(product.names):
+                product.parent._modules[name] = _Projection(product, i, held)
         yield
     finally:
-        for parent, name, linear in replaced:
-            parent._modules[name] = linear
+        for product in products:
+            product.parent._modules.update(zip(product.names, product.linears, strict=True))
 
 
 class _Projection(nn.Linear):
     """One of several linear layers that are one product, which the first computes for all.
 
     Args:
-        linears: those layers; `index` among them.
-        whole: their weights, and their biases or `None`.
+        product: of those layers; `index` among them.
         held: shared by them; has the input and the product in between, else `None`.
     """
 
     def __init__(
-        self,
-        linears: list[nn.Linear],
-        index: int,
-        whole: tuple[torch.Tensor, torch.Tensor | None],
-        held: list[tuple[torch.Tensor, torch.Tensor] | None],
+        self, product: Product, index: int, held: list[tuple[torch.Tensor, torch.Tensor] | None]
     ):
+        linears = product.linears
         # What nn.Module would set up is that layer's, and takes long to.
         vars(self).update(
             vars(linears[index]),
             first=sum(x.out_features for x in linears[:index]),
             last=index == len(linears) - 1,
-            whole=whole,
+            whole=(product.weight, product.bias),
             held=held,
         )
 

@@ -28,8 +28,9 @@ class Rerun(graphs.Graph):
     made = 0
     pool = None
 
-    def __init__(self, forward, cache, inputs, regime=None, compiled=False, pool=None):
+    def __init__(self, forward, cache, inputs, regime=None, products=(), compiled=False, pool=None):
         Rerun.made += 1
+        self._products = products
         self._forward, self._cache, self._compiled = forward, weakref.ref(cache), compiled
         self._given = graphs._given_anew(inputs)
         self._frequencies = rotary.Frequencies(cache.rotaries)
@@ -48,7 +49,7 @@ class Rerun(graphs.Graph):
         held = graphs.Pages(cache.pool.layers, cache.step)
         changed = {"attention_mask": None, "past_key_values": held}
         layers = graphs._compiled_layers(cache.model, held) if self._compiled else torch.no_grad()
-        with graphs.joined(cache.model), self._frequencies.fixed(), layers:
+        with graphs.joined(self._products), self._frequencies.fixed(), layers:
             out = self._forward(**self._inputs | self._given | changed)
         out.past_key_values = inputs["past_key_values"]
         return out

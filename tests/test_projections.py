@@ -35,10 +35,7 @@ def test_as_many_products_as_inputs(name):
     model = model_of(name)
     modules, state = list(model.modules()), copy.deepcopy(model.state_dict())
     plain, many = products(model)
-    with joined(model):
-        assert products(model)[1] == many  # they don't lie together yet
-    lay_together(model)
-    with joined(model):
+    with joined(lay_together(model)):
         together, few = products(model)
     assert (many, few) == PRODUCTS[name]
     torch.testing.assert_close(together, plain, atol=1e-5, rtol=1e-5)
@@ -50,11 +47,11 @@ def test_as_many_products_as_inputs(name):
 def test_weights_stay_what_they_are_to_others(tmp_path):
     model, other = model_of("Llama"), model_of("Llama")
     optimizers = [torch.optim.SGD(x.parameters(), lr=0.1) for x in (model, other)]
-    lay_together(model)
+    laid = lay_together(model)
     for each, optimizer in zip((model, other), optimizers, strict=True):
         each(IDS, labels=IDS).loss.backward()
         optimizer.step()
-    with joined(model):
+    with joined(laid):
         torch.testing.assert_close(products(model)[0], products(other)[0], atol=1e-4, rtol=1e-4)
     model.save_pretrained(tmp_path)
     for again in (copy.deepcopy(model), AutoModelForCausalLM.from_pretrained(tmp_path)):
@@ -77,8 +74,7 @@ def test_what_others_hold_is_left_alone(who):
         weight.data = held[8:].view_as(weight)
     else:
         attention.k_proj.forward = attention.k_proj.forward
-    lay_together(model)
-    with joined(model):
+    with joined(lay_together(model)):
         assert products(model)[1] == 22 - 9 + 2
     if who != "a hook of another library":
         held.zero_()
@@ -94,8 +90,7 @@ def test_weights_without_memory_of_their_own_are_left_alone():
             held = TwoTensor(linear.weight.data, linear.weight.data.clone())
             linear.weight = nn.Parameter(held, requires_grad=False)
     before = _state(model)
-    lay_together(model)
-    with joined(model), torch.no_grad():
+    with joined(lay_together(model)), torch.no_grad():
         logits = model(IDS, use_cache=False).logits
     assert torch.equal(logits.a, products(plain)[0])
     model.model.layers[1].self_attn.q_proj.weight.b = torch.zeros(64, 64)
@@ -104,12 +99,12 @@ def test_weights_without_memory_of_their_own_are_left_alone():
 
 def test_a_layer_that_is_asked_by_itself_answers():
     model = model_of("Qwen2, 6 heads on 2")
-    lay_together(model)
+    laid = lay_together(model)
     attention = model.model.layers[0].self_attn
     first, second = torch.randn(2, 3, 96)
     names = ["v_proj", "k_proj", "q_proj", "k_proj"]
     plain = [getattr(attention, name)(x) for name in names for x in (first, second)]
-    with joined(model), torch.no_grad():
+    with joined(laid), torch.no_grad():
         ours = [getattr(attention, name)(x) for name in names for x in (first, second)]
         assert isinstance(attention.q_proj, nn.Linear) and attention.q_proj.bias is not None
     for a, b in zip(ours, plain, strict=True):
