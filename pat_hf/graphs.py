@@ -211,7 +211,9 @@ class Decoder:
             self.reason = f"up to {steps:,} steps"
         else:
             self.mode, self.reason = mode, "as asked for"
-        self._state, self._weights, self._products = None, [], []
+        # Before this call's forwards, so that no call in another thread moves weights under them.
+        self._products = [] if self.mode == "eager" else lay_together(model)
+        self._state, self._weights = None, []
         if self.mode == "compiled":
             self.settle(model)
 
@@ -219,7 +221,6 @@ class Decoder:
         """Looks up what graphs depend on, once a call; best while the device is busy."""
         if self.mode == "eager" or self._state is not None:
             return
-        self._products = lay_together(model)
         self._state = _state(model)
         # lay_together, in another thread, leaves alone what something refers to.
         self._weights = [
