@@ -365,7 +365,7 @@ def _attend(
     and the next `split`. Each of a wide block's first `halved` steps is for rows of both groups.
 
     Not written out inside the loops: Triton goes through a loop's body twice, so through that of
-    three loops eight times, which took most of the time to compile the kernel.
+    three loops eight times, which took a third of the time to compile the kernel.
     """
     DTYPE: gl.constexpr = q_tile.dtype
     BN: gl.constexpr = k_tiles.shape[1]

@@ -181,7 +181,7 @@ class Decoder:
     """How the decode steps of a `generate()` are run.
 
     Args:
-        model: at rest.
+        model: at rest: what its graphs depend on is looked up here, once a call.
         mode: what the cache was asked for, see `PATCache`.
         compile: whether "auto" may compile.
 
@@ -211,21 +211,14 @@ class Decoder:
             self.reason = f"up to {steps:,} steps"
         else:
             self.mode, self.reason = mode, "as asked for"
-        # Before this call's forwards, so that no call in another thread moves weights under them.
-        self._products = [] if self.mode == "eager" else lay_together(model)
-        self._state, self._weights = None, []
-        if self.mode == "compiled":
-            self.settle(model)
-
-    def settle(self, model: PreTrainedModel) -> None:
-        """Looks up what graphs depend on, once a call; best while the device is busy."""
-        if self.mode == "eager" or self._state is not None:
-            return
-        self._state = _state(model)
-        # lay_together, in another thread, leaves alone what something refers to.
-        self._weights = [
-            x.data for y in modules(model) for x in y._parameters.values() if x is not None
-        ]
+        self._state, self._weights, self._products = None, [], []
+        if self.mode != "eager":
+            self._products = lay_together(model)
+            self._state = _state(model)
+            # lay_together, in another thread, leaves alone what something refers to.
+            self._weights = [
+                x.data for y in modules(model) for x in y._parameters.values() if x is not None
+            ]
 
     def end_step(self, undone: bool) -> None:
         """Keeps the random numbers as they would be without the step that a late stop undoes."""
@@ -240,8 +233,8 @@ class Decoder:
 
     def prepare(self, workspace: Workspace, pool: PagePool) -> None:
         """Gives a pool the layers that its workspace had in the last call, if they are the same."""
-        state = None if self._state is None else (self._state, pool.page_size)
-        if state is not None and workspace.state == state:
+        state = (self._state, pool.page_size)
+        if self.mode == "compiled" and workspace.state == state:
             pool.restore()
         workspace.state = state
 
@@ -268,7 +261,6 @@ class Decoder:
         if not all(isinstance(x, (bool, int, float, str)) for x in constants.values()):
             return None
         shape, regime = inputs["input_ids"].shape, self._regime(cache, inputs["position_ids"])
-        self.settle(cache.model)
         while self.mode != "eager":
             key = (
                 self._state,

@@ -89,8 +89,7 @@ def _prefill(
     cache.check(model)  # a loop of the caller's own may come by here alone
     _refuse(model_kwargs)
     steps = max(0, generation_config.max_length - input_ids.shape[1] - 1)
-    decoder = Decoder(model, cache.decode, steps, not generation_config.disable_compile)
-    cache.arm(decoder)
+    cache.arm(Decoder(model, cache.decode, steps, not generation_config.disable_compile))
     mask, embeds, positions = (
         model_kwargs.get(x) for x in ("attention_mask", "inputs_embeds", "position_ids")
     )
@@ -115,7 +114,6 @@ def _prefill(
         elif opaque:
             cache.opaque, cache.fallback = True, reason
         out = stock(model, input_ids, generation_config, model_kwargs, is_first_iteration)
-    decoder.settle(model)
     cache.stop_at(getattr(generation_config, "_stops", ()))
     return out
 

@@ -7,7 +7,7 @@ faster than several small ones: on an H200, q, k and v of an 8B model at 4 inste
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 from typing import NamedTuple
@@ -71,7 +71,7 @@ def lay_together(model: nn.Module) -> list[Product]:
 
 
 @contextmanager
-def joined(products: list[Product]) -> Iterator[None]:
+def joined(products: Sequence[Product]) -> Iterator[None]:
     """For its length, projections whose weights lie together are computed together.
 
     They are again as they were at its end. A forward must not change its hidden states in place
@@ -106,6 +106,7 @@ class _Projection(nn.Linear):
         # What nn.Module would set up is that layer's, and takes long to.
         vars(self).update(
             vars(linears[index]),
+            linear=linears[index],
             first=sum(x.out_features for x in linears[:index]),
             last=index == len(linears) - 1,
             whole=(product.weight, product.bias),
@@ -125,6 +126,8 @@ def _siblings(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...], li
     for parent in modules(model):
         for names in _NAMES:
             linears = [parent._modules.get(name) for name in names]
+            # Another thread may have joined them at the moment.
+            linears = [x.linear if type(x) is _Projection else x for x in linears]
             if not all(map(_plain, linears)):
                 continue
             own = [x._parameters for x in linears]  # which nn.Module is slow to look up

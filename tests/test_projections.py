@@ -37,9 +37,12 @@ def test_as_many_products_as_inputs(name):
     plain, many = products(model)
     with joined(lay_together(model)):
         together, few = products(model)
+        meanwhile = lay_together(model)  # as a call in another thread would
     assert (many, few) == PRODUCTS[name]
     torch.testing.assert_close(together, plain, atol=1e-5, rtol=1e-5)
     assert [*map(id, model.modules())] == [*map(id, modules)]
+    with joined(meanwhile):
+        assert products(model)[1] == few
     assert all(torch.equal(x, state[name]) for name, x in model.state_dict().items())
     assert torch.equal(products(model)[0], plain)
 
