@@ -114,4 +114,9 @@ class Step:
 
 def staged(source: torch.Tensor, device: torch.device) -> torch.Tensor:
     """For copies to a device: to a GPU, they need not wait for what is queued there."""
-    return source.pin_memory() if device.type == "cuda" else source
+    if device.type != "cuda":
+        return source
+    held = torch.empty_like(source, pin_memory=True)
+    # PyTorch's own copy wakes a thread for every core, which can take longer than a prompt's plan.
+    np.copyto(held.numpy(), source.numpy())
+    return held

@@ -89,7 +89,11 @@ def store(
         v: [B, KV heads, T, value dim], likewise.
         pages, slots: int64 [B * T], where token b * T + t goes.
     """
-    _store(k_pages, v_pages, k, v, pages, slots)
+    # What is compiled stores by the kernel that computes k and v.
+    if torch.compiler.is_compiling():
+        _put(k_pages, v_pages, k, v, pages, slots)
+    else:
+        _store(k_pages, v_pages, k, v, pages, slots)
 
 
 def backend(device: torch.device | str) -> str:
@@ -97,7 +101,8 @@ def backend(device: torch.device | str) -> str:
     return "triton" if torch.device(device).type == "cuda" and _has_triton() else "torch"
 
 
-@torch.library.custom_op("pat_hf::attention", mutates_args=())
+# Without the tag, the compiler would copy pages that it has written to: it takes them for dense.
+@torch.library.custom_op("pat_hf::attention", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def _attention(
     q: torch.Tensor,
     k_pages: torch.Tensor,
@@ -147,9 +152,8 @@ def _store(
 
         with torch.cuda.device_of(k):  # Triton launches on the current device
             store.store(k_pages, v_pages, k, v, pages, slots)
-        return
-    for held, new in ((k_pages, k), (v_pages, v)):
-        held[pages, :, slots] = new.transpose(1, 2).flatten(0, 1)
+    else:
+        _put(k_pages, v_pages, k, v, pages, slots)
 
 
 @_store.register_fake
@@ -162,6 +166,18 @@ def _(
     slots: torch.Tensor,
 ) -> None:
     return None
+
+
+def _put(
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+) -> None:
+    for held, new in ((k_pages, k), (v_pages, v)):
+        held[pages, :, slots] = new.transpose(1, 2).flatten(0, 1)
 
 
 @functools.cache

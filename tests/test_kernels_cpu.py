@@ -1,6 +1,7 @@
 """Attention on the CPU against the float64 reference, with NaN in all that must not be read."""
 
 import doctest
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._inductor.utils import run_and_get_code
 
 from pat_hf.kernels import cpu, naive, ops
 from pat_hf.kernels.plan import Heads, Machine, Plan, Shape, make_plan
@@ -219,6 +221,29 @@ def test_compiles_to_one_node_and_runs_in_inference_mode():
     with torch.inference_mode():
         assert torch.equal(ops.attention(*tensors, plan, scale=0.3), expected)
     assert torch.equal(compiled(*tensors, plan, scale=0.3), expected)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="PyTorch compiles with g++")
+def test_compiled_it_is_stored_where_it_is_read():
+    torch.use_deterministic_algorithms(False)  # would have PyTorch compile less
+    case = batch(16, 16)
+    q, *pages = (x.nan_to_num() for x in pools(case))
+    held = [torch.stack([x, x], 1)[:, 0] for x in pages]  # as of a pool: with others in between
+    k, v = (torch.randn(3, *x.shape[1:2], 1, x.shape[3]) for x in pages)
+    plan = make_plan(*case[:5], MACHINES[0]).tensor("cpu")
+    targets = torch.tensor([1, 2, 4]), torch.tensor([0, 3, 15])
+
+    def step(k_pages, v_pages):
+        ops.store(k_pages, v_pages, k * 2, v * 2, *targets)
+        return ops.attention(q, k_pages, v_pages, plan, scale=0.3)
+
+    torch._dynamo.reset()
+    expected = step(*pages)
+    with torch._inductor.config.patch(force_disable_caches=True):  # they don't know the op's tags
+        out, (code,) = run_and_get_code(torch.compile(step, fullgraph=True), *held)
+    torch.testing.assert_close(out, expected)
+    assert all(map(torch.equal, held, pages))
+    assert f"empty_strided_cpu(({len(held[0])}," not in code  # no copy of the pages
 
 
 def test_backend_of_the_cpu_is_torch():
