@@ -2,131 +2,32 @@
 
 from __future__ import annotations
 
-import functools
-import operator
-import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_leaves, tree_map_only
-from transformers import Cache, PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch.utils._pytree import tree_map_only
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
 
 from pat_hf import rotary
 from pat_hf.cache.page_pool import PagePool
 from pat_hf.cache.pat_cache import PATCache
-from pat_hf.cache.step import KVLength, Step
 from pat_hf.cache.workspace import Workspace
-from pat_hf.kernels.ops import store
+from pat_hf.layers import Pages, Sum, capturing, compiled_layers
 from pat_hf.projections import Product, joined, lay_together
 from pat_hf.support import modules
 
 logger = logging.get_logger(__name__)
 
 Forward = Callable[..., ModelOutput]
-# Steps that win back what a mode costs to begin with: about 0.1 s, and 15 s.
+# Steps that win back what a mode costs to begin with: about 0.1 s, and 15 to 20 s.
 _CAPTURE, _COMPILE = 4, 4096
 _INPUTS = {"input_ids", "position_ids", "attention_mask", "past_key_values"}
-
-_capturing = threading.RLock()  # one at a time: what it sets up is the process's
-
-
-class Pages(Cache):
-    """A PATCache as a captured forward sees it: tensors at fixed addresses, nothing to count.
-
-    Args:
-        layers: by number, a layer's pages of K and of V.
-        step: says where the new tokens go.
-    """
-
-    is_compileable = True
-    is_initialized = True
-
-    def __init__(self, layers: dict[int, tuple[torch.Tensor, torch.Tensor]], step: Step):
-        super().__init__(layers=[])
-        self.layers = {
-            i: LayerPages(*layer, *step.targets(layer[0].device)) for i, layer in layers.items()
-        }
-        self._plans = step.tensors
-
-    @property
-    def is_sliding(self) -> list[bool]:
-        return [False] * (max(self.layers) + 1)
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0  # positions are given
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return 0
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return KVLength(query_length, self), 0
-
-    def begin(
-        self, batch: int, length: int, mask: Any, device: torch.device, windowed: bool
-    ) -> torch.Tensor:
-        return self._plans[windowed]
-
-    def update(
-        self,
-        key_states: torch.Tensor,
-        value_states: torch.Tensor,
-        layer_idx: int,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.layers[layer_idx].update(key_states, value_states)
-
-
-class LayerPages:
-    """One layer of `Pages`, for its decoder layer alone: alike ones share what is compiled."""
-
-    def __init__(self, *tensors: torch.Tensor):
-        self.tensors = tensors
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values, pages, slots = self.tensors
-        store(keys, values, key_states.to(keys.dtype), value_states.to(values.dtype), pages, slots)
-        return keys, values
-
-
-class Sum(torch.Tensor):
-    """x + y, not added up before something takes it for a tensor.
-
-    That is what a compiled layer gives: the next one makes one kernel of the sum and its norm.
-
-    Args:
-        x, y: of one shape and dtype.
-    """
-
-    def __new__(cls, x: torch.Tensor, y: torch.Tensor) -> Sum:
-        self = x.as_subclass(cls)
-        self.parts = x, y
-        return self
-
-    @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        args, kwargs = tree_map_only(Sum, Sum.total, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    def total(self) -> torch.Tensor:
-        """The sum, a plain tensor; the same one every time, as it may be written to."""
-        self.parts = (sum(self.parts[1:], self.parts[0]),)
-        return self.parts[0]
 
 
 class Graph:
@@ -159,11 +60,11 @@ class Graph:
         step, current = cache.step, torch.cuda.current_stream(device)
         held = Pages(cache.pool.layers, step)
         inputs = inputs | self._given | {"attention_mask": None, "past_key_values": held}
-        layers = _compiled_layers(cache.model, held) if compiled else nullcontext()
+        layers = compiled_layers(cache.model, held) if compiled else nullcontext()
         stream = torch.cuda.Stream(device)
         stream.wait_stream(current)
         try:
-            with _capturing, joined(products), self._frequencies.fixed(), layers, _cublaslt():
+            with capturing, joined(products), self._frequencies.fixed(), layers, _cublaslt():
                 with torch.cuda.stream(stream):  # where PyTorch stays if a capture fails
                     # Compiles kernels; what it stores, the first replay stores again.
                     out = forward(**inputs)
@@ -280,7 +181,7 @@ class Decoder:
             return None
         held = Pages(cache.pool.layers, cache.step)
         try:
-            with _compiled_layers(cache.model, held, packed=True), joined(self._products):
+            with compiled_layers(cache.model, held, packed=True), joined(self._products):
                 return forward(**inputs | {"attention_mask": None, "past_key_values": held})
         except Exception as error:
             self._step_down(error)
@@ -385,145 +286,3 @@ def _addresses(x: torch.Tensor) -> Hashable:
     if is_traceable_wrapper_subclass(x):  # a quantised weight, say, and its scales
         return tuple(_addresses(getattr(x, name)) for name in x.__tensor_flatten__()[0])
     return x.data_ptr()
-
-
-@contextmanager
-def _compiled_layers(model: PreTrainedModel, held: Pages, packed: bool = False) -> Iterator[None]:
-    """For its length, the decoder layers of `model` run compiled on `held`, each on its own pages,
-    and what lies between them and other layers: rotary embeddings, the last norm.
-
-    Other threads' forwards go by the layers as they are; those that are to be compiled wait.
-    """
-    # Every batch and kind of layer counts as a recompilation; equal sizes are a coincidence; what
-    # is done to q, to k and to v can be one kernel, whose parts have tiles of their own where they
-    # are small; pages and slots are in bounds.
-    options = (
-        torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=1024),
-        torch.fx.experimental._config.patch(use_duck_shape=False),
-        torch._inductor.config.patch(
-            combo_kernels=True,
-            combo_kernel_per_subkernel_blocks=not packed,
-            assert_indirect_indexing=False,
-        ),
-    )
-    with _capturing:
-        layers, leaves = _layers(model)
-        if not layers or any("forward" in vars(layer) for layer in layers):
-            raise TypeError("its decoder layers can't be told or have forwards of their own")
-        if len(held.layers) < len(layers):
-            raise TypeError("some decoder layers store no K and V of their own")
-        try:
-            for layer in layers:
-                number = next(x.layer_idx for x in modules(layer) if "layer_idx" in vars(x))
-                layer.forward = functools.partial(_run_layer, layer, held, held.layers[number])
-            for leaf in leaves:
-                leaf.forward = functools.partial(_run_leaf, leaf, threading.get_ident())
-            with ExitStack() as stack:
-                for option in options:
-                    stack.enter_context(option)
-                yield
-        finally:
-            for module in (*layers, *leaves):
-                vars(module).pop("forward", None)
-
-
-def _layers(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The decoder layers; what else the module that has them has, to be compiled, too: no matrix
-    products, nothing that looks at the positions on the host or has a forward of its own."""
-    found = list(modules(model))
-    layers = [module for module in found if isinstance(module, GradientCheckpointingLayer)]
-    among, moving = set(layers), rotary.scaled(model)
-    others = (nn.Embedding, nn.Linear, nn.Dropout, *map(type, moving))
-    beside = []
-    for parent in found:
-        children = [x for x in parent._modules.values() if x is not None]
-        stacks = [x for x in children if isinstance(x, nn.ModuleList)]
-        if any(not among.isdisjoint(x._modules.values()) for x in stacks):
-            leaves = [x for x in children if not x._modules and "forward" not in vars(x)]
-            beside += [x for x in leaves if not isinstance(x, others)]
-    return layers, beside
-
-
-def _run_layer(layer: nn.Module, whole: Pages, own: LayerPages, *args: Any, **kwargs: Any) -> Any:
-    if not any(x is whole for x in (*args, *kwargs.values())):
-        return type(layer).forward(layer, *args, **kwargs)
-    hidden, *args = (own if x is whole else x for x in args)
-    kwargs = {name: own if x is whole else x for name, x in kwargs.items()}
-    parts = _parts(hidden)
-    if len(parts) == 1:  # would be compiled as a case apart
-        parts = (*parts, torch.zeros_like(parts[0]))
-    keys, values, *targets = own.tensors
-    _mark_dynamic(0, keys, values, *(targets if parts[0].shape[1] > 1 else ()))
-    _mark_length(parts, args, kwargs)
-    out, rest = _compiled()(layer, parts, args, kwargs, True)
-    return out if rest is None else Sum(out, rest)
-
-
-def _run_leaf(leaf: nn.Module, thread: int, *args: Any, **kwargs: Any) -> Any:
-    if threading.get_ident() != thread or not args:
-        return type(leaf).forward(leaf, *args, **kwargs)
-    hidden, *args = args
-    parts = _parts(hidden)
-    _mark_length(parts, args, kwargs)
-    return _compiled()(leaf, parts, args, kwargs, False)[0]
-
-
-def _parts(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return hidden.parts if isinstance(hidden, Sum) else (hidden,)
-
-
-def _mark_dynamic(dim: int, *tensors: torch.Tensor) -> None:
-    for tensor in tensors:
-        torch._dynamo.maybe_mark_dynamic(tensor, dim)
-
-
-def _mark_length(parts: Sequence[torch.Tensor], args: Sequence[Any], kwargs: dict) -> None:
-    """Marks what differs between the packed forwards, or the plans, of a batch."""
-    for x in filter(torch.is_tensor, tree_leaves((parts, args, kwargs))):
-        if x.dtype == torch.int32 and x.ndim == 4:  # the plan
-            _mark_dynamic(2, x)
-            _mark_dynamic(3, x)
-        elif parts[0].shape[1] > 1 and x.shape[:2] == parts[0].shape[:2]:
-            _mark_dynamic(1, x)
-
-
-def _forward(
-    module: nn.Module,
-    parts: tuple[torch.Tensor, ...],
-    args: Sequence[Any],
-    kwargs: dict[str, Any],
-    split: bool,
-) -> tuple[Any, torch.Tensor | None]:
-    """A module's output for the sum of `parts`, with `split` as two that it is the sum of."""
-    out = type(module).forward(module, sum(parts[1:], parts[0]), *args, **kwargs)
-    return out, torch.zeros_like(out) if split and torch.is_tensor(out) else None
-
-
-def _without_last_sum(graph: fx.GraphModule) -> fx.GraphModule:
-    """A traced `_forward`, that gives what its output is the sum of for it and for zeros."""
-    output = graph.graph.output_node()
-    match output.args[0]:
-        case (
-            fx.Node(target=operator.add, args=(fx.Node() as x, fx.Node() as y)) as total,
-            fx.Node(target=torch.zeros_like, args=(of, *_)),
-        ) if of is total and _kind(x) == _kind(y) == _kind(total):
-            output.args = ((x, y),)
-            graph.graph.eliminate_dead_code()
-            graph.recompile()
-    return graph
-
-
-def _kind(node: fx.Node) -> Hashable:
-    value = node.meta["example_value"]
-    return (value.shape, value.dtype) if torch.is_tensor(value) else type(value)
-
-
-def _inductor(graph: fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., Any]:
-    from torch._inductor.compile_fx import compile_fx  # takes its time to import
-
-    return compile_fx(_without_last_sum(graph), inputs)
-
-
-@functools.cache
-def _compiled() -> Callable[..., Any]:
-    return torch.compile(_forward, backend=_inductor, fullgraph=True, dynamic=False)

@@ -5,6 +5,7 @@ the same compiled layers is run again where a graph would be replayed.
 """
 
 import gc
+import shutil
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from transformers.generation import utils
 
 import pat_hf
-from pat_hf import graphs, rotary
+from pat_hf import graphs, layers, rotary
 from pat_hf.cache import pat_cache, workspace
 
 from .models import MODELS, VOCABULARY, batch, pair
@@ -47,10 +48,10 @@ class Rerun(graphs.Graph):
         for name, held in self._given.items():
             held.copy_(inputs[name])
         self._frequencies.load(inputs["position_ids"], regime)
-        held = graphs.Pages(cache.pool.layers, cache.step)
+        held = layers.Pages(cache.pool.layers, cache.step)
         changed = {"attention_mask": None, "past_key_values": held}
-        layers = graphs._compiled_layers(cache.model, held) if self._compiled else torch.no_grad()
-        with graphs.joined(self._products), self._frequencies.fixed(), layers:
+        compiled = layers.compiled_layers(cache.model, held) if self._compiled else torch.no_grad()
+        with graphs.joined(self._products), self._frequencies.fixed(), compiled:
             out = self._forward(**self._inputs | self._given | changed)
         out.past_key_values = inputs["past_key_values"]
         return out
@@ -62,7 +63,7 @@ class Counter(CompileCounter):
     whole = 0
 
     def __call__(self, graph, inputs):
-        graph = graphs._without_last_sum(graph)
+        graph = layers._without_last_sum(graph)
         self.whole += any(x.target is torch.zeros_like for x in graph.graph.output_node().args[0])
         return super().__call__(graph, inputs)
 
@@ -71,10 +72,10 @@ class Counter(CompileCounter):
 def rerun(monkeypatch):
     """Steps are run as on a GPU, with graphs that are run again; layers compile to themselves."""
     counter = Counter()
-    compiled = torch.compile(graphs._forward, backend=counter, fullgraph=True, dynamic=False)
+    compiled = torch.compile(layers._forward, backend=counter, fullgraph=True, dynamic=False)
     torch._dynamo.reset()
     _as_on_a_gpu(monkeypatch)
-    monkeypatch.setattr(graphs, "_compiled", lambda: compiled)
+    monkeypatch.setattr(layers, "_compile", lambda: compiled)
     monkeypatch.setattr(pat_cache.PATCache, "defer_stops", lambda self: False)
     monkeypatch.setattr(Rerun, "made", 0)
     return counter
@@ -115,16 +116,29 @@ def test_layers_compile_whole_and_once(rerun, name):
         del cache
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="PyTorch compiles with g++")
+def test_layers_as_inductor_compiles_them(monkeypatch):
+    torch._dynamo.reset()
+    _as_on_a_gpu(monkeypatch)
+    monkeypatch.setattr(pat_cache.PATCache, "defer_stops", lambda self: False)
+    stock, pat = pair.__wrapped__("Qwen3")
+    for seed in range(2):
+        cache = pat_hf.PATCache(pat, page_size=16, decode="compiled")
+        assert torch.equal(generate(pat, prompts(seed), cache), generate(stock, prompts(seed)))
+        assert cache.decoding.startswith("compiled"), cache.decoding
+        del cache
+
+
 def test_a_sum_is_a_tensor():
     x, y = torch.randn(2, 3), torch.randn(2, 3)
-    total = graphs.Sum(x, y)
+    total = layers.Sum(x, y)
     assert total.parts[0] is x and total.parts[1] is y
     assert type(total * 2) is torch.Tensor and torch.equal(total * 2, (x + y) * 2)
     assert total.shape == (2, 3) and total.dtype == torch.float32
     total[0] = 7.0
     total += 1
     assert torch.equal(total, torch.cat([torch.full((1, 3), 8.0), (x + y)[1:] + 1]))
-    whole = graphs.Sum(x, y)
+    whole = layers.Sum(x, y)
     whole[0] = 7.0
     assert len(whole.parts) == 1 and torch.equal(whole.parts[0], whole.clone())
     assert torch.equal(whole[1], (x + y)[1]) and (whole[0] == 7).all()
@@ -258,8 +272,8 @@ def test_other_forwards_go_by_the_layers_as_they_are(rerun):
     ids = prompts(1)["input_ids"]
     with torch.no_grad():
         alone = pat(ids).logits
-        held = graphs.Pages(cache.pool.layers, cache.step)
-        with graphs._compiled_layers(pat, held), ThreadPoolExecutor() as pool:
+        held = layers.Pages(cache.pool.layers, cache.step)
+        with layers.compiled_layers(pat, held), ThreadPoolExecutor() as pool:
             beside = pool.submit(torch.no_grad()(pat), ids).result().logits
     assert torch.equal(alone, beside) and rerun.frame_count == 0
     assert all("forward" not in vars(layer) for layer in pat.model.layers)
