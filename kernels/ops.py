@@ -1,5 +1,5 @@
-"""The custom ops `pat_hf::attention` and `pat_hf::store`: opaque to torch.compile, the same on
-every device."""
+"""Attention and storing, the same on every device: the custom ops `pat_hf::attention`, opaque to
+torch.compile, and `pat_hf::store`, in whose place it has plain PyTorch."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def store(
         pages, slots: int64 [B * T], where token b * T + t goes.
     """
     # What is compiled stores by the kernel that computes k and v.
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():  # in this thread
         _put(k_pages, v_pages, k, v, pages, slots)
     else:
         _store(k_pages, v_pages, k, v, pages, slots)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 from transformers.utils import logging
@@ -18,7 +17,7 @@ from pat_hf import rotary
 from pat_hf.cache.page_pool import PagePool
 from pat_hf.cache.pat_cache import PATCache
 from pat_hf.cache.workspace import Workspace
-from pat_hf.layers import Pages, Sum, capturing, compiled_layers
+from pat_hf.layers import Pages, capturing, compiled_layers
 from pat_hf.projections import Product, joined, lay_together
 from pat_hf.support import modules
 
@@ -68,13 +67,14 @@ class Graph:
                 with torch.cuda.stream(stream):  # where PyTorch stays if a capture fails
                     # Compiles kernels; what it stores, the first replay stores again.
                     out = forward(**inputs)
-                    others = [k for k, x in out.items() if not torch.is_tensor(x) and x is not held]
+                    others = [
+                        k for k, x in out.items() if type(x) is not torch.Tensor and x is not held
+                    ]
                     if others:
                         raise TypeError(f"its output has {', '.join(others)}")
                     self._graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(self._graph, pool, stream, "thread_local"):
                         self._out = forward(**inputs)
-                        tree_map_only(Sum, Sum.total, dict(self._out))  # by every replay
         except BaseException:
             # PyTorch leaves it capturing, and refuses random numbers from then on.
             generator = torch.cuda.default_generators[device.index]

@@ -1,4 +1,4 @@
-"""Decoder layers of a captured forward: the pages that they write to, and how they are compiled."""
+"""Decoder layers as graphs have them: the pages that they write to, and how they are compiled."""
 
 from __future__ import annotations
 
@@ -94,7 +94,10 @@ class Sum(torch.Tensor):
     """
 
     def __new__(cls, x: torch.Tensor, y: torch.Tensor) -> Sum:
-        self = x.as_subclass(cls)
+        # Without memory, so that nothing can take it for what it is not.
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, x.shape, strides=x.stride(), dtype=x.dtype, device=x.device
+        )
         self.parts = x, y
         return self
 
@@ -108,6 +111,8 @@ class Sum(torch.Tensor):
     ) -> Any:
         args, kwargs = tree_map_only(Sum, Sum.total, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+    __torch_dispatch__ = __torch_function__  # for callers from C++
 
     def total(self) -> torch.Tensor:
         """The sum, a plain tensor; the same one every time, as it may be written to."""
@@ -138,11 +143,13 @@ def compiled_layers(model: PreTrainedModel, held: Pages, packed: bool = False) -
         layers, leaves = _layers(model)
         if not layers or any("forward" in vars(layer) for layer in layers):
             raise TypeError("its decoder layers can't be told or have forwards of their own")
-        if len(held.layers) < len(layers):
-            raise TypeError("some decoder layers store no K and V of their own")
+        numbers = [
+            next(x.layer_idx for x in modules(layer) if "layer_idx" in vars(x)) for layer in layers
+        ]
+        if sorted(numbers) != sorted(held.layers):
+            raise TypeError("some decoder layers store no K and V of their own, or several")
         try:
-            for layer in layers:
-                number = next(x.layer_idx for x in modules(layer) if "layer_idx" in vars(x))
+            for number, layer in zip(numbers, layers, strict=True):
                 layer.forward = functools.partial(_run_layer, layer, held, held.layers[number])
             for leaf in leaves:
                 leaf.forward = functools.partial(_run_leaf, leaf, threading.get_ident())
@@ -156,8 +163,9 @@ def compiled_layers(model: PreTrainedModel, held: Pages, packed: bool = False) -
 
 
 def _layers(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The decoder layers; what else the module that has them has, to be compiled, too: no matrix
-    products, nothing that looks at the positions on the host or has a forward of its own."""
+    """The decoder layers; what beside them is to be compiled, too: modules without children of the
+    one that has the layers, but for what is one kernel already, what looks at the positions on the
+    host, and what its user has compiled or given a forward."""
     found = list(modules(model))
     layers = [module for module in found if isinstance(module, GradientCheckpointingLayer)]
     among, moving = set(layers), rotary.scaled(model)
@@ -167,8 +175,10 @@ def _layers(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
         children = [x for x in parent._modules.values() if x is not None]
         stacks = [x for x in children if isinstance(x, nn.ModuleList)]
         if any(not among.isdisjoint(x._modules.values()) for x in stacks):
-            leaves = [x for x in children if not x._modules and "forward" not in vars(x)]
-            beside += [x for x in leaves if not isinstance(x, others)]
+            leaves = [x for x in children if not (x._modules or isinstance(x, others))]
+            beside += [
+                x for x in leaves if "forward" not in vars(x) and x._compiled_call_impl is None
+            ]
     return layers, beside
 
 
@@ -228,15 +238,19 @@ def _forward(
 
 
 def _without_last_sum(graph: fx.GraphModule) -> fx.GraphModule:
-    """A traced `_forward`, that gives what its output is the sum of for it and for zeros."""
+    """A traced `_forward` that returns two summands in place of their sum and zeros.
+
+    Only where nothing follows the sum: it might write to it, or to them.
+    """
     output = graph.graph.output_node()
     match output.args[0]:
         case (
             fx.Node(target=operator.add, args=(fx.Node() as x, fx.Node() as y)) as total,
-            fx.Node(target=torch.zeros_like, args=(of, *_)),
-        ) if of is total and _kind(x) == _kind(y) == _kind(total):
+            fx.Node(target=torch.zeros_like) as zeros,
+        ) if total.next is zeros and zeros.next is output and _kind(x) == _kind(y) == _kind(total):
             output.args = ((x, y),)
-            graph.graph.eliminate_dead_code()
+            graph.graph.erase_node(zeros)
+            graph.graph.erase_node(total)
             graph.recompile()
     return graph
 

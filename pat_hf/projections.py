@@ -107,6 +107,7 @@ class _Projection(nn.Linear):
         vars(self).update(
             vars(linears[index]),
             linear=linears[index],
+            thread=threading.get_ident(),
             first=sum(x.out_features for x in linears[:index]),
             last=index == len(linears) - 1,
             whole=(product.weight, product.bias),
@@ -114,6 +115,9 @@ class _Projection(nn.Linear):
         )
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
+        # What compiles is the thread that joined them; it can't be asked there.
+        if not torch.compiler.is_dynamo_compiling() and threading.get_ident() != self.thread:
+            return self.linear(input)
         pair = self.held[0]
         if pair is None or pair[0] is not input:
             pair = input, F.linear(input, *self.whole)
@@ -124,6 +128,8 @@ class _Projection(nn.Linear):
 def _siblings(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...], list[nn.Linear]]]:
     """Modules with layers of the same input; their names, and they."""
     for parent in modules(model):
+        if isinstance(parent, torch.jit.ScriptModule):
+            continue
         for names in _NAMES:
             linears = [parent._modules.get(name) for name in names]
             # Another thread may have joined them at the moment.

@@ -91,6 +91,7 @@ MODELS = CORE | {
     "Phi-3": config("Phi3"),
     "GPT-OSS": config("GptOss", **_MOE, **_SOME, num_local_experts=4),
     "SmolLM3": config("SmolLM3"),
+    "OLMo": config("Olmo", clip_qkv=0.3),
     "OLMo 2": config("Olmo2"),
     "Granite": config("Granite"),
     "StarCoder2": config("Starcoder2", **_WINDOW),
@@ -98,6 +99,15 @@ MODELS = CORE | {
     "Cohere 2": config("Cohere2", **_SOME),
     "GPT-NeoX": config("GPTNeoX", num_key_value_heads=4),
     "GLM-4": config("Glm4"),
+    "GLM-4.5": config(
+        "Glm4Moe",
+        **_MOE,
+        n_routed_experts=8,
+        n_group=4,
+        topk_group=2,
+        moe_intermediate_size=32,
+        first_k_dense_replace=1,
+    ),
     "EXAONE 4": config("Exaone4", **_SOME),
     "Nemotron": config("Nemotron"),
     "DeepSeek-V2": config("DeepseekV2", **_LATENT, **_MOE),
@@ -180,6 +190,10 @@ def pair_of(config, dtype: torch.dtype = torch.float32, stock: str = "sdpa"):
             copy.deepcopy(config), attn_implementation=attention, dtype=dtype
         )
         models.append(model.eval())
+    with torch.no_grad():
+        for parameter in models[0].parameters():
+            if not parameter.any():  # nobody would miss a bias of zeros
+                parameter.normal_(0, 0.2)
     models[1].load_state_dict(models[0].state_dict())
     return models
 

@@ -13,6 +13,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 from transformers import AutoModelForCausalLM
 from transformers.generation import utils
@@ -21,7 +22,7 @@ import pat_hf
 from pat_hf import graphs, layers, rotary
 from pat_hf.cache import pat_cache, workspace
 
-from .models import MODELS, VOCABULARY, batch, pair
+from .models import MODELS, VOCABULARY, batch, config, pair, pair_of
 
 
 class Rerun(graphs.Graph):
@@ -104,7 +105,7 @@ def test_layers_compile_whole_and_once(rerun, name):
     stock, pat = pair.__wrapped__(name)  # Transformers' hooks, once they are there, can't be traced
     # Each kind of layer, the last norm and, where there are any, rotary embeddings of each kind.
     kinds = len(set(getattr(pat.config, "layer_types", None) or [0]))
-    kinds += {"GPT-2": 1, "OPT": 1, "Gemma 3": 3}.get(name, 2)
+    kinds += {"GPT-2": 1, "OPT": 1, "Gemma 3": 3, "GLM-4.5": 3}.get(name, 2)
     for seed in range(3):
         inputs = prompts(seed)
         cache = pat_hf.PATCache(pat, page_size=16, decode="compiled")
@@ -121,12 +122,83 @@ def test_layers_as_inductor_compiles_them(monkeypatch):
     torch._dynamo.reset()
     _as_on_a_gpu(monkeypatch)
     monkeypatch.setattr(pat_cache.PATCache, "defer_stops", lambda self: False)
+    given, without = [], layers._without_last_sum
+    monkeypatch.setattr(layers, "_without_last_sum", lambda x: given.append(x) or without(x))
     stock, pat = pair.__wrapped__("Qwen3")
     for seed in range(2):
         cache = pat_hf.PATCache(pat, page_size=16, decode="compiled")
         assert torch.equal(generate(pat, prompts(seed), cache), generate(stock, prompts(seed)))
         assert cache.decoding.startswith("compiled"), cache.decoding
         del cache
+    assert len(given) == 6  # layer, last norm and rotary embedding, of steps and of prefills
+
+
+def _sum(x):
+    return x + x.relu()
+
+
+def _of_what_is_written_to(x):
+    out = x * 2
+    out.add_(1)
+    return x + out
+
+
+def _written_to(x):
+    out = x + x.relu()
+    out.view(-1).mul_(2)
+    return out
+
+
+def _with_a_part_written_to(x):
+    part = x.relu()
+    out = x + part
+    part.zero_()
+    return out
+
+
+def _of_two_dtypes(x):
+    return x + x.relu().double()
+
+
+@pytest.mark.parametrize(
+    "layer, split",
+    [
+        (_sum, True),
+        (_of_what_is_written_to, True),
+        (_written_to, False),
+        (_with_a_part_written_to, False),
+        (_of_two_dtypes, False),
+    ],
+)
+def test_a_layer_leaves_its_last_sum(layer, split):
+    class Layer(nn.Module):
+        def forward(self, x):
+            return layer(x)
+
+    counter, parts = Counter(), torch.randn(2, 3, 1, 4)
+    torch._dynamo.reset()
+    compiled = torch.compile(layers._forward, backend=counter, fullgraph=True, dynamic=False)
+    out, rest = compiled(Layer(), tuple(parts), (), {}, True)
+    expected = layer(parts[0] + parts[1])
+    assert torch.equal(layers.Sum(out, rest).total(), expected) and out.dtype == expected.dtype
+    assert (counter.frame_count, counter.whole) == (1, not split)
+
+
+def test_a_norm_that_its_user_compiled(rerun):
+    stock, pat = pair.__wrapped__("Llama")
+    pat.model.norm.compile(backend="eager")
+    for seed in range(2):
+        cache = pat_hf.PATCache(pat, page_size=16, decode="compiled")
+        assert torch.equal(generate(pat, prompts(seed), cache), generate(stock, prompts(seed)))
+        assert cache.decoding.startswith("compiled"), cache.decoding
+        del cache
+
+
+def test_layers_that_run_several_times_are_captured(rerun):
+    stock, pat = pair_of(config("HrmText"))
+    cache = pat_hf.PATCache(pat, page_size=16, decode="compiled")
+    assert torch.equal(generate(pat, prompts(1), cache), generate(stock, prompts(1)))
+    assert "or several" in cache.decoding and cache.decoding.startswith("CUDA graph")
 
 
 def test_a_sum_is_a_tensor():
@@ -138,6 +210,7 @@ def test_a_sum_is_a_tensor():
     total[0] = 7.0
     total += 1
     assert torch.equal(total, torch.cat([torch.full((1, 3), 8.0), (x + y)[1:] + 1]))
+    assert torch.equal(torch.vmap(torch.neg)(layers.Sum(x, y)), -(x + y))
     whole = layers.Sum(x, y)
     whole[0] = 7.0
     assert len(whole.parts) == 1 and torch.equal(whole.parts[0], whole.clone())

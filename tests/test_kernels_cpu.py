@@ -244,6 +244,7 @@ def test_compiled_it_is_stored_where_it_is_read():
     torch.testing.assert_close(out, expected)
     assert all(map(torch.equal, held, pages))
     assert f"empty_strided_cpu(({len(held[0])}," not in code  # no copy of the pages
+    assert "pat_hf.store" not in code
 
 
 def test_backend_of_the_cpu_is_torch():

@@ -1,6 +1,7 @@
 """Projections of the same hidden states: one product, and the same model before and after."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -112,3 +113,27 @@ def test_a_layer_that_is_asked_by_itself_answers():
         assert isinstance(attention.q_proj, nn.Linear) and attention.q_proj.bias is not None
     for a, b in zip(ours, plain, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_another_thread_is_given_its_own():
+    model = model_of("Llama")
+    attention, x = model.model.layers[0].self_attn, torch.randn(2, 3, 64)
+    with joined(lay_together(model)), torch.no_grad(), ThreadPoolExecutor() as pool:
+        held = attention.q_proj.held
+        attention.q_proj(x)
+        before, other = list(held), torch.randn(2, 3, 64)
+        ours = pool.submit(torch.no_grad()(attention.q_proj), other).result()
+        assert held[0] is before[0]
+    assert torch.equal(ours, attention.q_proj(other))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_model_with_a_scripted_module():
+    model = model_of("Llama")
+    plain, many = products(model)
+    for layer in model.model.layers:
+        layer.mlp.act_fn = torch.jit.script(nn.SiLU())
+    with joined(lay_together(model)):
+        together, few = products(model)
+    torch.testing.assert_close(together, plain, atol=1e-5, rtol=1e-5)
+    assert (many, few) == PRODUCTS["Llama"]

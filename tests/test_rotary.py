@@ -143,6 +143,16 @@ def test_one_graph_serves_all_lengths(rerun, name):  # noqa: F811
     assert Rerun.made == made
 
 
+@pytest.mark.parametrize("name", sorted(SCALED.keys() - {"Phi-MoE, longrope"}))
+def test_compiled_layers_are_for_all_lengths(rerun, name):  # noqa: F811
+    stock, pat = pair(name)
+    for inputs in (LONG, SHORT, MIXED):
+        cache = pat_hf.PATCache(pat, page_size=16, decode="compiled")
+        same(stock, pat, inputs, cache, max_new_tokens=15)
+        assert cache.decoding.startswith("compiled"), cache.decoding
+        del cache
+
+
 def test_replays_look_at_the_positions_once_a_call(rerun):  # noqa: F811
     stock, pat = pair("Llama, longrope")
     cache = pat_hf.PATCache(pat, page_size=16, decode="captured")
