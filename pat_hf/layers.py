@@ -123,9 +123,15 @@ class Sum(torch.Tensor):
 @contextmanager
 def compiled_layers(model: PreTrainedModel, held: Pages, packed: bool = False) -> Iterator[None]:
     """For its length, the decoder layers of `model` run compiled on `held`, each on its own pages,
-    and what lies between them and other layers: rotary embeddings, the last norm.
+    and so do rotary embeddings and the last norm.
 
     Other threads' forwards go by the layers as they are; those that are to be compiled wait.
+
+    Args:
+        packed: whether forwards are of tree nodes, many tokens each, and not of a decode step.
+
+    Raises:
+        TypeError: if the layers can't be told, or don't store one K and V each.
     """
     # Every batch and kind of layer counts as a recompilation; equal sizes are a coincidence; what
     # is done to q, to k and to v can be one kernel, whose parts have tiles of their own where they
@@ -232,7 +238,7 @@ def _forward(
     kwargs: dict[str, Any],
     split: bool,
 ) -> tuple[Any, torch.Tensor | None]:
-    """A module's output for the sum of `parts`, with `split` as two that it is the sum of."""
+    """A module's output for the sum of `parts`; with `split`, two that it is the sum of."""
     out = type(module).forward(module, sum(parts[1:], parts[0]), *args, **kwargs)
     return out, torch.zeros_like(out) if split and torch.is_tensor(out) else None
 
