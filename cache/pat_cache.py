@@ -96,7 +96,7 @@ class PATCache(Cache):
         max_tokens: limit of stored tokens, whole pages counted; `None` for the memory's own.
         prefill_tokens: prompt tokens that go through the model at a time.
         decode: how `generate()` runs decode steps on a GPU: "captured" as a CUDA graph at once,
-            "compiled" by torch.compile before that (20 s, once for each batch size),
+            "compiled" by torch.compile before that (20 to 30 s, 4 for another batch size),
             "eager", or "auto": by the steps ahead. The report says what was chosen.
 
     Raises:

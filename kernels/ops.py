@@ -91,7 +91,8 @@ def store(
     """
     # What is compiled stores by the kernel that computes k and v.
     if torch.compiler.is_dynamo_compiling():  # in this thread
-        _put(k_pages, v_pages, k, v, pages, slots)
+        _put(k_pages, k, pages, slots)
+        _put(v_pages, v, pages, slots)
     else:
         _store(k_pages, v_pages, k, v, pages, slots)
 
@@ -153,7 +154,8 @@ def _store(
         with torch.cuda.device_of(k):  # Triton launches on the current device
             store.store(k_pages, v_pages, k, v, pages, slots)
     else:
-        _put(k_pages, v_pages, k, v, pages, slots)
+        _put(k_pages, k, pages, slots)
+        _put(v_pages, v, pages, slots)
 
 
 @_store.register_fake
@@ -168,16 +170,8 @@ def _(
     return None
 
 
-def _put(
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    pages: torch.Tensor,
-    slots: torch.Tensor,
-) -> None:
-    for held, new in ((k_pages, k), (v_pages, v)):
-        held[pages, :, slots] = new.transpose(1, 2).flatten(0, 1)
+def _put(held: torch.Tensor, new: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor) -> None:
+    held[pages, :, slots] = new.transpose(1, 2).flatten(0, 1)
 
 
 @functools.cache

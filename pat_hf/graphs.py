@@ -24,7 +24,7 @@ from pat_hf.support import modules
 logger = logging.get_logger(__name__)
 
 Forward = Callable[..., ModelOutput]
-# Steps that win back what a mode costs to begin with: about 0.1 s, and 15 to 20 s.
+# Steps that about win back what a mode costs to begin with: 0.1 s, and 20 s.
 _CAPTURE, _COMPILE = 4, 4096
 _INPUTS = {"input_ids", "position_ids", "attention_mask", "past_key_values"}
 
@@ -67,6 +67,7 @@ class Graph:
                 with torch.cuda.stream(stream):  # where PyTorch stays if a capture fails
                     # Compiles kernels; what it stores, the first replay stores again.
                     out = forward(**inputs)
+                    # A `Sum` would be the first replay's for good.
                     others = [
                         k for k, x in out.items() if type(x) is not torch.Tensor and x is not held
                     ]

@@ -169,23 +169,27 @@ def compiled_layers(model: PreTrainedModel, held: Pages, packed: bool = False) -
 
 
 def _layers(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The decoder layers; what beside them is to be compiled, too: modules without children of the
-    one that has the layers, but for what is one kernel already, what looks at the positions on the
-    host, and what its user has compiled or given a forward."""
+    """The decoder layers; what is to be compiled beside them, in the modules that have them."""
     found = list(modules(model))
     layers = [module for module in found if isinstance(module, GradientCheckpointingLayer)]
-    among, moving = set(layers), rotary.scaled(model)
-    others = (nn.Embedding, nn.Linear, nn.Dropout, *map(type, moving))
-    beside = []
-    for parent in found:
-        children = [x for x in parent._modules.values() if x is not None]
-        stacks = [x for x in children if isinstance(x, nn.ModuleList)]
-        if any(not among.isdisjoint(x._modules.values()) for x in stacks):
-            leaves = [x for x in children if not (x._modules or isinstance(x, others))]
-            beside += [
-                x for x in leaves if "forward" not in vars(x) and x._compiled_call_impl is None
-            ]
-    return layers, beside
+    among = set(layers)
+    parents = [
+        module
+        for module in found
+        if any(
+            isinstance(x, nn.ModuleList) and not among.isdisjoint(x)
+            for x in module._modules.values()
+        )
+    ]
+    leaves = [x for parent in parents for x in parent._modules.values() if x is not None]
+    return layers, [x for x in leaves if not (x._modules or _as_it_is(x))]
+
+
+def _as_it_is(leaf: nn.Module) -> bool:
+    """Whether it is one kernel already, looks at the positions on the host, or is its user's."""
+    theirs = "forward" in vars(leaf) or leaf._compiled_call_impl is not None
+    plain = isinstance(leaf, (nn.Embedding, nn.Linear, nn.Dropout))
+    return theirs or plain or rotary.is_scaled(leaf)
 
 
 def _run_layer(layer: nn.Module, whole: Pages, own: LayerPages, *args: Any, **kwargs: Any) -> Any:
@@ -197,7 +201,8 @@ def _run_layer(layer: nn.Module, whole: Pages, own: LayerPages, *args: Any, **kw
     if len(parts) == 1:  # would be compiled as a case apart
         parts = (*parts, torch.zeros_like(parts[0]))
     keys, values, *targets = own.tensors
-    _mark_dynamic(0, keys, values, *(targets if parts[0].shape[1] > 1 else ()))
+    for tensor in (keys, values, *(targets if parts[0].shape[1] > 1 else ())):
+        _mark_dynamic(tensor, 0)
     _mark_length(parts, args, kwargs)
     out, rest = _compile()(layer, parts, args, kwargs, True)
     return out if rest is None else Sum(out, rest)
@@ -216,19 +221,17 @@ def _parts(hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return hidden.parts if isinstance(hidden, Sum) else (hidden,)
 
 
-def _mark_dynamic(dim: int, *tensors: torch.Tensor) -> None:
-    for tensor in tensors:
-        torch._dynamo.maybe_mark_dynamic(tensor, dim)
+def _mark_dynamic(tensor: torch.Tensor, *dims: int) -> None:
+    torch._dynamo.maybe_mark_dynamic(tensor, list(dims))
 
 
 def _mark_length(parts: Sequence[torch.Tensor], args: Sequence[Any], kwargs: dict) -> None:
     """Marks what differs between the packed forwards, or the plans, of a batch."""
     for x in filter(torch.is_tensor, tree_leaves((parts, args, kwargs))):
         if x.dtype == torch.int32 and x.ndim == 4:  # the plan
-            _mark_dynamic(2, x)
-            _mark_dynamic(3, x)
+            _mark_dynamic(x, 2, 3)
         elif parts[0].shape[1] > 1 and x.shape[:2] == parts[0].shape[:2]:
-            _mark_dynamic(1, x)
+            _mark_dynamic(x, 1)
 
 
 def _forward(

@@ -128,10 +128,10 @@ class _Projection(nn.Linear):
 def _siblings(model: nn.Module) -> Iterator[tuple[nn.Module, tuple[str, ...], list[nn.Linear]]]:
     """Modules with layers of the same input; their names, and they."""
     for parent in modules(model):
-        if isinstance(parent, torch.jit.ScriptModule):
-            continue
         for names in _NAMES:
-            linears = [parent._modules.get(name) for name in names]
+            if not all(name in parent._modules for name in names):
+                continue
+            linears = [parent._modules[name] for name in names]
             # Another thread may have joined them at the moment.
             linears = [x.linear if type(x) is _Projection else x for x in linears]
             if not all(map(_plain, linears)):

@@ -20,12 +20,17 @@ from pat_hf.support import modules
 
 def scaled(model: nn.Module) -> list[nn.Module]:
     """The model's rotary embeddings of that kind; most models have none."""
-    return [x for x in modules(model) if _scaled(x)]
+    return [x for x in modules(model) if is_scaled(x)]
+
+
+def is_scaled(module: nn.Module) -> bool:
+    """Whether it is a rotary embedding of that kind."""
+    return "rope_type" in vars(module) and any(map(_follows, _kinds(module).values()))
 
 
 def on_the_host(module: nn.Module) -> bool:
     """Whether it waits for the device to choose a scale by the positions, as Phi-MoE's does."""
-    return _scaled(module) and "long_mscale" in module.config.rope_parameters
+    return is_scaled(module) and "long_mscale" in module.config.rope_parameters
 
 
 def regime(rotaries: Sequence[nn.Module], length: int, remembered: bool = True) -> str | None:
@@ -135,10 +140,6 @@ def _kinds(module: nn.Module) -> dict[str | None, Any]:
     """The rope types of a module, by the type of layers they are for if they differ."""
     kind = vars(module).get("rope_type")
     return kind if isinstance(kind, dict) else {None: kind}
-
-
-def _scaled(module: nn.Module) -> bool:
-    return "rope_type" in vars(module) and any(map(_follows, _kinds(module).values()))
 
 
 def _follows(kind: Any) -> bool:
