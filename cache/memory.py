@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+Layout = tuple[Sequence[tuple[int, ...]], torch.dtype, torch.device]
+
 
 class Memory:
     """The pages of every layer of one cache.
@@ -25,7 +27,7 @@ class Memory:
 
     def __init__(self) -> None:
         self.moves = 0
-        self.layers: dict[int, tuple[Sequence[tuple[int, ...]], torch.dtype, torch.device]] = {}
+        self.layers: dict[int, Layout] = {}
         self._spans: dict[int, _Span] = {}
         self._parts: dict[int, list[torch.Tensor]] = {}  # where no driver maps memory
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pat_hf.cache.memory import Memory
+from pat_hf.cache.memory import Layout, Memory
 from pat_hf.cache.prefix_tree import Node
 from pat_hf.kernels.ops import store
 
@@ -66,6 +66,7 @@ class PagePool:
         self.page_size = page_size
         self.limit = None if max_tokens is None else max_tokens // page_size
         self.layers: dict[int, Layer] = {}
+        self._before: dict[int, Layout] = {}  # of layers that are there when asked for
         self.memory = memory or Memory()
         self.references = np.ones(1, np.int32)  # the sink's
         self._free: list[int] = []
@@ -221,10 +222,20 @@ class PagePool:
         return Layer(*self.memory.resize(index, size, shapes, keys.dtype, keys.device))
 
     def restore(self) -> None:
-        """Makes the layers that the pool's memory had before."""
-        for index, layout in self.memory.layers.items():
-            parts = self.memory.resize(index, len(self.references), *layout)
+        """Lets there be the layers that the pool's memory had before."""
+        self._before = dict(self.memory.layers)
+
+    def layer(self, index: int) -> Layer:
+        """A layer; one of those before gets its memory when it is first asked for."""
+        if index not in self.layers:
+            parts = self.memory.resize(index, len(self.references), *self._before[index])
             self.layers[index] = Layer(*parts)
+        return self.layers[index]
+
+    @property
+    def numbers(self) -> set[int]:
+        """Of the layers that `layer` knows."""
+        return self.layers.keys() | self._before.keys()
 
     def split(self, node: Node, at: int) -> list[int] | None:
         """Takes the pages of the first `at` tokens off a node and returns them.

@@ -131,7 +131,7 @@ class PATCache(Cache):
         self._broken = False  # a change was broken off
         self._tuned: list[weakref.ref[nn.Module]] = []  # layers with adapters
         self.rotaries = rotary.scaled(self.model)  # their frequencies follow the batch's length
-        self.own_loop = False  # forwards are a loop's of the caller's own, in `custom_generate`
+        self.own_loop = True  # forwards are a loop's of the caller's own
         self._begin_batch()
         self._count_from_zero()
 
@@ -454,6 +454,13 @@ class PATCache(Cache):
         """Ends requests that are fed one of `ids` from now on, once their prompts are stored."""
         self._columns.stop_at(ids)
 
+    def look_ahead(self) -> None:
+        """Plans the first decode step, while the device computes the prompts."""
+        decoder = self._decoder
+        if self.known_loop and decoder.mode != "eager" and decoder.steps:
+            with suppress(PoolExhausted):  # the step says so, if it comes to that
+                self.begin(len(self.prefixes), 1, None, decoder.device)
+
     def defer_stops(self) -> bool:
         """Whether `generate()` is to see a step late that all requests are finished.
 
@@ -468,9 +475,11 @@ class PATCache(Cache):
 
     def disarm(self) -> None:
         """The `generate()` is over: forwards are the model's own again."""
-        self.repeated = self.own_loop = False
+        self.repeated, self.own_loop = False, True
         self.decoding, self._decoder = self._decoder and str(self._decoder), None
         self._settle()
+        if self.step is not None and not self.step.written:
+            self._withdraw()  # what was planned for a step that didn't come
         self._columns.resume()
         self._room = 0  # the last step leaves out the requests that have ended
 
@@ -503,7 +512,7 @@ class PATCache(Cache):
         return kwargs | {name: x[..., self._columns.length :] for name, x in given.items()}
 
     @property
-    def _known_loop(self) -> bool:
+    def known_loop(self) -> bool:
         """Whether forwards are those of Transformers' own loops, which number tokens as we do."""
         return self._decoder is not None and not self.own_loop
 
@@ -528,7 +537,7 @@ class PATCache(Cache):
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if self.step is None or not self.step.packed:
             self._columns.fed.append(ids)
-            if not (self._known_loop or self.opaque or ids is None):
+            if not (self.known_loop or self.opaque or ids is None):
                 told = {name for name, x in kwargs.items() if x is not None} <= _TOLD
                 positions = kwargs.get("position_ids")
                 self.opaque = not told or self._numbered_otherwise(ids, mask, positions)
@@ -684,7 +693,7 @@ class PATCache(Cache):
                 f"columns in the cache and {length} in this forward it must be {shape}."
             )
         if length == 1 and self._room > 0 and step is not None and step.shape == (batch, 1):
-            if self._known_loop or mask is None or self._added(mask).all():
+            if self.known_loop or mask is None or self._added(mask).all():
                 return self._advance()
         self._refuse_checkpointing()
         self._withdraw()

@@ -614,7 +614,7 @@ def _tables(
     inside = np.minimum(token, (length - 1) // size * size)
     page = np.asarray(nodes.pages, np.int32)[nodes.page_ptr[node] + (inside >> shift)]
     chunks[:, 0] = (page << shift) + (inside & (page_size - 1))
-    chunks[:, 1] = np.clip(length - token, 0, size)
+    chunks[:, 1] = np.minimum(np.maximum(length - token, 0), size)
     chunks[:, 2] = first
     chunks[:, 3] = runs.furthest[run] + 1 - first
     chunks[:, 4] = runs.hindmost[run] + 1 - first
@@ -667,10 +667,8 @@ def _tables(
         seen = (chunks[:, 1] == size) & (chunks[:, 3] >= size)
         whole = seen & (chunks[:, 4] >= size) & (chunks[:, 5] == (counts << 16)[block])
         step = np.repeat(step, lengths)
-        first = np.cumsum(step) - step
-        chunks[:, 8] = counts[block] * 8
-        for flag, holds in ((2, whole), (4, seen)):
-            chunks[:, 8] += np.repeat(np.logical_and.reduceat(holds, first) * flag, step)
+        flags = np.bitwise_and.reduceat(whole * 2 + seen * 4, np.cumsum(step) - step)
+        chunks[:, 8] = np.repeat(flags, step) + counts[block] * 8
         chunks[begin, 8] += 1
 
     shapes = np.empty((len(machine.shapes), COLUMNS["shapes"]), np.int32)
@@ -727,6 +725,8 @@ def _turns(
         The chunks' new order, if it is another, and how many of each block's come in turn, at its
         end.
     """
+    if not side.any():
+        return None, np.zeros_like(step)
     key = block * 3 + side
     sizes = np.bincount(key, minlength=3 * len(step)).reshape(-1, 3)
     paired = sizes[:, 1:].min(1) // step * step

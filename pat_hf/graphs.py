@@ -57,7 +57,7 @@ class Graph:
         self._frequencies.load(inputs["position_ids"], regime)
         device = inputs["input_ids"].device
         step, current = cache.step, torch.cuda.current_stream(device)
-        held = Pages(cache.pool.layers, step)
+        held = Pages(cache.pool, step)
         inputs = inputs | self._given | {"attention_mask": None, "past_key_values": held}
         layers = compiled_layers(cache.model, held) if compiled else nullcontext()
         stream = torch.cuda.Stream(device)
@@ -75,7 +75,7 @@ class Graph:
                         raise TypeError(f"its output has {', '.join(others)}")
                     self._graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(self._graph, pool, stream, "thread_local"):
-                        self._out = forward(**inputs)
+                        out = forward(**inputs)
         except BaseException:
             # PyTorch leaves it capturing, and refuses random numbers from then on.
             generator = torch.cuda.default_generators[device.index]
@@ -84,15 +84,19 @@ class Graph:
         finally:
             current.wait_stream(stream)  # it may still be reading what is freed then
         self.pool = self._graph.pool()
+        self._kind, self._out = type(out), {k: x for k, x in out.items() if x is not held}
 
     def __call__(self, inputs: dict[str, Any], regime: str | None) -> ModelOutput:
         for name, held in self._given.items():
             held.copy_(inputs[name])
         self._frequencies.load(inputs["position_ids"], regime)
         self._graph.replay()
-        # The next replay overwrites what this one returns.
-        out = {k: x.clone() if torch.is_tensor(x) else x for k, x in self._out.items()}
-        return type(self._out)(**out | {"past_key_values": inputs["past_key_values"]})
+        # The next replay overwrites what this one returns; of logits, Transformers' loops make a
+        # copy of their own before.
+        cache = inputs["past_key_values"]
+        copied = {"logits"} if cache.known_loop else ()
+        out = {name: x if name in copied else x.clone() for name, x in self._out.items()}
+        return self._kind(**out | {"past_key_values": cache})
 
 
 def _given_anew(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -130,7 +134,7 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, mode: str, steps: int, compile: bool = True):
         self.steps = steps
         self.deferred = False
-        self._device = model.device
+        self.device = model.device
         self._offset = 0  # into the random numbers, after the last step
         self._ahead: int | None = None  # of the columns, the furthest position
         if mode == "eager":
@@ -146,18 +150,14 @@ class Decoder:
             self.reason = f"up to {steps:,} steps"
         else:
             self.mode, self.reason = mode, "as asked for"
-        self._state, self._weights, self._products = None, [], []
+        self._state, self._products, self._left = None, [], []
         if self.mode != "eager":
-            self._products = lay_together(model)
+            self._products, self._left = lay_together(model)
             self._state = _state(model)
-            # lay_together, in another thread, leaves alone what something refers to.
-            self._weights = [
-                x.data for y in modules(model) for x in y._parameters.values() if x is not None
-            ]
 
     def end_step(self, undone: bool) -> None:
         """Keeps the random numbers as they would be without the step that a late stop undoes."""
-        generator = torch.cuda.default_generators[self._device.index]
+        generator = torch.cuda.default_generators[self.device.index]
         if undone:
             generator.set_offset(self._offset)
         self._offset = generator.get_offset()
@@ -178,9 +178,9 @@ class Decoder:
     ) -> ModelOutput | None:
         """A packed forward, compiled; `None` if it isn't to be, or where layers don't exist yet."""
         alone = cache.step.shape[1] == 1  # would be compiled as a case apart
-        if self.mode != "compiled" or alone or len(cache.pool.layers) < len(cache):
+        if self.mode != "compiled" or alone or len(cache.pool.numbers) < len(cache):
             return None
-        held = Pages(cache.pool.layers, cache.step)
+        held = Pages(cache.pool, cache.step)
         try:
             with compiled_layers(cache.model, held, packed=True), joined(self._products):
                 return forward(**inputs | {"attention_mask": None, "past_key_values": held})
@@ -229,7 +229,7 @@ class Decoder:
         """That of the rotary frequencies of a step, the positions being looked at once a call."""
         if not cache.rotaries:
             return None
-        if self._ahead is None or cache.own_loop:
+        if self._ahead is None or not cache.known_loop:
             self._ahead = int(position_ids.max()) - cache.get_seq_length()
         return rotary.regime(cache.rotaries, cache.get_seq_length() + self._ahead + 1)
 
@@ -270,20 +270,20 @@ def _obstacle(model: PreTrainedModel) -> str | None:
 def _state(model: PreTrainedModel) -> Hashable:
     """What a captured step takes for granted: where weights lie, and how modules are switched."""
     state: list[Hashable] = [str(model.get_experts_implementation())]
-    moving = rotary.scaled(model)  # graphs hold their buffers elsewhere
     for module in modules(model):
-        buffers = () if module in moving else module._buffers.values()
-        tensors = (*module._parameters.values(), *buffers)
-        state.append((module.training, *(_addresses(x) for x in tensors if x is not None)))
+        state.append(module.training)
+        # Those of some rotary embeddings move: graphs hold them elsewhere.
+        buffers = () if rotary.is_scaled(module) else module._buffers.values()
+        state += [_addresses(x) for x in (*module._parameters.values(), *buffers)]
         if hasattr(type(module), "merged"):  # PEFT's layers
             switches = (module.active_adapters, module.merged, module.disable_adapters)
             state.append(str((*switches, vars(module).get("scaling"))))
     return hash(tuple(state))
 
 
-def _addresses(x: torch.Tensor) -> Hashable:
-    if type(x) in (nn.Parameter, torch.Tensor):  # told apart fast
-        return x.data_ptr()
+def _addresses(x: torch.Tensor | None) -> Hashable:
+    if x is None or type(x) in (nn.Parameter, torch.Tensor):  # told apart fast
+        return x if x is None else x.data_ptr()
     if is_traceable_wrapper_subclass(x):  # a quantised weight, say, and its scales
         return tuple(_addresses(getattr(x, name)) for name in x.__tensor_flatten__()[0])
     return x.data_ptr()

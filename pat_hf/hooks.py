@@ -86,7 +86,8 @@ def _prefill(
     cache = model_kwargs.get("past_key_values")
     if not isinstance(cache, PATCache):
         return stock(model, input_ids, generation_config, model_kwargs, is_first_iteration)
-    cache.check(model)  # a loop of the caller's own may come by here alone
+    if cache.own_loop:  # which may come by here alone
+        cache.check(model)
     _refuse(model_kwargs)
     steps = max(0, generation_config.max_length - input_ids.shape[1] - 1)
     cache.arm(Decoder(model, cache.decode, steps, not generation_config.disable_compile))
@@ -115,6 +116,7 @@ def _prefill(
             cache.opaque, cache.fallback = True, reason
         out = stock(model, input_ids, generation_config, model_kwargs, is_first_iteration)
     cache.stop_at(getattr(generation_config, "_stops", ()))
+    cache.look_ahead()
     return out
 
 

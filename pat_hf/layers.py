@@ -16,6 +16,7 @@ from transformers import Cache, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pat_hf import rotary
+from pat_hf.cache.page_pool import PagePool
 from pat_hf.cache.step import KVLength, Step
 from pat_hf.kernels.ops import store
 from pat_hf.support import modules
@@ -27,23 +28,30 @@ class Pages(Cache):
     """A PATCache as a captured forward sees it: tensors at fixed addresses, nothing to count.
 
     Args:
-        layers: by number, a layer's pages of K and of V.
+        pool: of pages of K and V.
         step: says where the new tokens go.
     """
 
     is_compileable = True
     is_initialized = True
 
-    def __init__(self, layers: dict[int, tuple[torch.Tensor, torch.Tensor]], step: Step):
+    def __init__(self, pool: PagePool, step: Step):
         super().__init__(layers=[])
-        self.layers = {
-            i: LayerPages(*layer, *step.targets(layer[0].device)) for i, layer in layers.items()
-        }
-        self._plans = step.tensors
+        self.numbers = sorted(pool.numbers)
+        self._layers: dict[int, LayerPages] = {}
+        self._pool, self._step = pool, step
+
+    def layer(self, number: int) -> LayerPages:
+        """A layer's pages, and where its new tokens go."""
+        if number not in self._layers:
+            # Not before: while the device computes other layers, this one gets its memory.
+            pages = self._pool.layer(number)
+            self._layers[number] = LayerPages(*pages, *self._step.targets(pages.keys.device))
+        return self._layers[number]
 
     @property
     def is_sliding(self) -> list[bool]:
-        return [False] * (max(self.layers) + 1)
+        return [False] * (self.numbers[-1] + 1)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0  # positions are given
@@ -57,7 +65,7 @@ class Pages(Cache):
     def begin(
         self, batch: int, length: int, mask: Any, device: torch.device, windowed: bool
     ) -> torch.Tensor:
-        return self._plans[windowed]
+        return self._step.tensors[windowed]
 
     def update(
         self,
@@ -67,7 +75,7 @@ class Pages(Cache):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.layers[layer_idx].update(key_states, value_states)
+        return self.layer(layer_idx).update(key_states, value_states)
 
 
 class LayerPages:
@@ -152,11 +160,11 @@ def compiled_layers(model: PreTrainedModel, held: Pages, packed: bool = False) -
         numbers = [
             next(x.layer_idx for x in modules(layer) if "layer_idx" in vars(x)) for layer in layers
         ]
-        if sorted(numbers) != sorted(held.layers):
+        if sorted(numbers) != held.numbers:
             raise TypeError("some decoder layers store no K and V of their own, or several")
         try:
             for number, layer in zip(numbers, layers, strict=True):
-                layer.forward = functools.partial(_run_layer, layer, held, held.layers[number])
+                layer.forward = functools.partial(_run_layer, layer, held, number)
             for leaf in leaves:
                 leaf.forward = functools.partial(_run_leaf, leaf, threading.get_ident())
             with ExitStack() as stack:
@@ -192,9 +200,10 @@ def _as_it_is(leaf: nn.Module) -> bool:
     return theirs or plain or rotary.is_scaled(leaf)
 
 
-def _run_layer(layer: nn.Module, whole: Pages, own: LayerPages, *args: Any, **kwargs: Any) -> Any:
+def _run_layer(layer: nn.Module, whole: Pages, number: int, *args: Any, **kwargs: Any) -> Any:
     if not any(x is whole for x in (*args, *kwargs.values())):
         return type(layer).forward(layer, *args, **kwargs)
+    own = whole.layer(number)
     hidden, *args = (own if x is whole else x for x in args)
     kwargs = {name: own if x is whole else x for name, x in kwargs.items()}
     parts = _parts(hidden)

@@ -40,34 +40,31 @@ class Product(NamedTuple):
     bias: torch.Tensor | None
 
 
-def lay_together(model: nn.Module) -> list[Product]:
+def lay_together(model: nn.Module) -> tuple[list[Product], list[torch.Tensor]]:
     """Moves weights that are used together side by side, each still a parameter of its own.
 
     Left where they are: those that anything else refers to (a flat buffer of an optimizer, say), or
     that are no plain tensors.
 
     Returns:
-        What lies together now. As long as it is held, another call leaves it where it is.
+        What lies together now, and what was left. As long as both are held, another call leaves
+        all of it where it is.
     """
-    moved, products = False, []
+    moved, products, left = False, [], []
     with _lock, torch.inference_mode(False), torch.no_grad():
         for parent, names, linears in _siblings(model):
-            for tensors in _parameters(linears):
-                if _lie_together(tensors) or not all(map(_alone, tensors)):
-                    continue
-                before = [x.data for x in tensors]
-                whole = torch.cat(before)
-                for x, part in zip(tensors, whole.split([len(x) for x in tensors]), strict=True):
-                    x.data = part
-                if whole.is_cuda:  # other streams may still be reading them where they were
-                    torch.cuda.synchronize(whole.device)
+            apart = [x for x in _parameters(linears) if not _lie_together(x)]
+            movable = [x for x in apart if all(map(_alone, x))]
+            for tensors in movable:
+                _move(tensors)
                 moved = True
-                del before
-            if all(map(_lie_together, _parameters(linears))):
+            if len(movable) == len(apart):
                 products.append(Product(parent, names, linears, *_whole(linears)))
+            else:
+                left += [x.data for tensors in _parameters(linears) for x in tensors]
     if moved:
         torch.cuda.empty_cache()  # of where they were
-    return products
+    return products, left
 
 
 @contextmanager
@@ -160,16 +157,27 @@ def _parameters(linears: list[nn.Linear]) -> Iterator[list[nn.Parameter]]:
 
 def _lie_together(tensors: list[torch.Tensor]) -> bool:
     return all(
-        a.data_ptr() + a.nbytes == b.data_ptr()
+        type(a) is type(b) is nn.Parameter  # a quantised weight, say, has no memory
+        and a.data_ptr() + a.nbytes == b.data_ptr()
         and a.is_contiguous()
         and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
         for a, b in pairwise(tensors)
-    ) and all(type(x.data) is torch.Tensor for x in tensors)
+    )
+
+
+def _move(tensors: list[torch.Tensor]) -> None:
+    """Moves parameters side by side."""
+    before = [x.data for x in tensors]
+    whole = torch.cat(before)
+    for x, part in zip(tensors, whole.split([len(x) for x in tensors]), strict=True):
+        x.data = part
+    if whole.is_cuda:  # other streams may still be reading them where they were
+        torch.cuda.synchronize(whole.device)
 
 
 def _alone(tensor: torch.Tensor) -> bool:
     """Whether a parameter has its memory for itself."""
-    if type(tensor.data) is not torch.Tensor:
+    if type(tensor) is not nn.Parameter:
         return False
     storage = tensor.untyped_storage()
     # Two: the parameter's, and this one.

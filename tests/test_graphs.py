@@ -1,12 +1,10 @@
 """Decode steps and prefills as CUDA graphs have them: buffers at fixed addresses, compiled layers.
 
-Capturing needs a GPU, where tests/test_generate.py runs by it; here a step of the same buffers and
-the same compiled layers is run again where a graph would be replayed.
+Capturing needs a GPU, where tests/test_generate.py runs by it; here steps are those of `Rerun`.
 """
 
 import gc
 import shutil
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
 
@@ -19,43 +17,11 @@ from transformers import AutoModelForCausalLM
 from transformers.generation import utils
 
 import pat_hf
-from pat_hf import graphs, layers, rotary
-from pat_hf.cache import pat_cache, workspace
+from pat_hf import graphs, layers
+from pat_hf.cache import pat_cache
 
 from .models import MODELS, VOCABULARY, batch, config, pair, pair_of
-
-
-class Rerun(graphs.Graph):
-    """A graph that is run again instead of replayed."""
-
-    made = 0
-    pool = None
-
-    def __init__(self, forward, cache, inputs, regime=None, products=(), compiled=False, pool=None):
-        Rerun.made += 1
-        self._products = products
-        self._forward, self._cache, self._compiled = forward, weakref.ref(cache), compiled
-        self._given = graphs._given_anew(inputs)
-        self._frequencies = rotary.Frequencies(cache.rotaries)
-        self._inputs = {k: x for k, x in inputs.items() if k != "past_key_values"}
-        self._step = cache.step
-        self._addresses = [plan.data_ptr() for plan in cache.step.tensors]
-        self(inputs, regime)
-
-    def __call__(self, inputs, regime):
-        cache = self._cache()
-        assert cache.step is self._step
-        assert [plan.data_ptr() for plan in cache.step.tensors] == self._addresses
-        for name, held in self._given.items():
-            held.copy_(inputs[name])
-        self._frequencies.load(inputs["position_ids"], regime)
-        held = layers.Pages(cache.pool.layers, cache.step)
-        changed = {"attention_mask": None, "past_key_values": held}
-        compiled = layers.compiled_layers(cache.model, held) if self._compiled else torch.no_grad()
-        with graphs.joined(self._products), self._frequencies.fixed(), compiled:
-            out = self._forward(**self._inputs | self._given | changed)
-        out.past_key_values = inputs["past_key_values"]
-        return out
+from .rerun import Rerun, as_on_a_gpu
 
 
 class Counter(CompileCounter):
@@ -75,17 +41,9 @@ def rerun(monkeypatch):
     counter = Counter()
     compiled = torch.compile(layers._forward, backend=counter, fullgraph=True, dynamic=False)
     torch._dynamo.reset()
-    _as_on_a_gpu(monkeypatch)
+    as_on_a_gpu(monkeypatch)
     monkeypatch.setattr(layers, "_compile", lambda: compiled)
-    monkeypatch.setattr(pat_cache.PATCache, "defer_stops", lambda self: False)
-    monkeypatch.setattr(Rerun, "made", 0)
     return counter
-
-
-def _as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(workspace, "_free", weakref.WeakKeyDictionary())
-    monkeypatch.setattr(graphs, "Graph", Rerun)
-    monkeypatch.setattr(graphs, "_obstacle", lambda model: None)
 
 
 def prompts(seed):
@@ -120,8 +78,7 @@ def test_layers_compile_whole_and_once(rerun, name):
 @pytest.mark.skipif(not shutil.which("g++"), reason="PyTorch compiles with g++")
 def test_layers_as_inductor_compiles_them(monkeypatch):
     torch._dynamo.reset()
-    _as_on_a_gpu(monkeypatch)
-    monkeypatch.setattr(pat_cache.PATCache, "defer_stops", lambda self: False)
+    as_on_a_gpu(monkeypatch)
     given, without = [], layers._without_last_sum
     monkeypatch.setattr(layers, "_without_last_sum", lambda x: given.append(x) or without(x))
     stock, pat = pair.__wrapped__("Qwen3")
@@ -292,7 +249,7 @@ def deferred(monkeypatch):
             torch.set_rng_state(self._offset)
         self._offset = torch.get_rng_state()
 
-    _as_on_a_gpu(monkeypatch)
+    as_on_a_gpu(monkeypatch, deferred=True)
     monkeypatch.setattr(graphs.Decoder, "end_step", end_step)
     monkeypatch.setattr(torch, "Event", Event)
     return undos
@@ -345,7 +302,7 @@ def test_other_forwards_go_by_the_layers_as_they_are(rerun):
     ids = prompts(1)["input_ids"]
     with torch.no_grad():
         alone = pat(ids).logits
-        held = layers.Pages(cache.pool.layers, cache.step)
+        held = layers.Pages(cache.pool, cache.step)
         with layers.compiled_layers(pat, held), ThreadPoolExecutor() as pool:
             beside = pool.submit(torch.no_grad()(pat), ids).result().logits
     assert torch.equal(alone, beside) and rerun.frame_count == 0
@@ -470,3 +427,41 @@ def test_a_model_that_its_user_compiled(way):
         inputs = prompts(seed)
         ours = generate(given, inputs, cache, max_new_tokens=5)
         assert torch.equal(ours, generate(stock, inputs, max_new_tokens=5))
+
+
+@pytest.mark.parametrize("mode", [{}, {"do_sample": True}, {"num_return_sequences": 2}])
+def test_the_first_step_is_planned_before_the_first_token(rerun, monkeypatch, mode):
+    stock, pat = pair("Llama")
+    mode = {"do_sample": True} | mode
+    plans, seen = Mock(wraps=pat_cache.make_plan), []
+    monkeypatch.setattr(pat_cache, "make_plan", plans)
+
+    def note(input_ids, scores):
+        seen.append(plans.call_count)
+        return scores
+
+    cache = pat_hf.PATCache(pat, page_size=16, decode="captured")
+    mode |= {"max_new_tokens": 3, "logits_processor": [note]}
+    assert torch.equal(
+        generate(pat, prompts(0), cache, **mode), generate(stock, prompts(0), **mode)
+    )
+    assert seen[:3] == [seen[0]] * 3 and seen[0] >= 2
+
+
+@pytest.mark.parametrize("room", [0, 9])
+def test_a_step_that_never_comes_leaves_no_trace(rerun, room):
+    """All requests end with their first token; and pages may be for the prompts alone."""
+    stock, pat = pair("Llama")
+    inputs = prompts(0)
+    first = generate(stock, inputs, max_new_tokens=1)[:, -1]
+    pages = pat_hf.PATCache(pat, page_size=16, decode="captured")
+    generate(pat, inputs, pages, max_new_tokens=1)
+    limit = 16 * (pages.pool.used + room)
+    cache = pat_hf.PATCache(pat, page_size=16, max_tokens=limit, decode="captured")
+    ends = {"eos_token_id": first.tolist(), "pad_token_id": 1}
+    for _ in range(2):
+        assert torch.equal(generate(pat, inputs, cache, **ends), generate(stock, inputs, **ends))
+        assert cache.dense_tokens == int(inputs["attention_mask"].sum())
+        assert cache.pool.used == pages.pool.used
+        cache.pool.check(list(cache.prefixes))
+    assert Rerun.made == 0

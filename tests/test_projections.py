@@ -36,9 +36,9 @@ def test_as_many_products_as_inputs(name):
     model = model_of(name)
     modules, state = list(model.modules()), copy.deepcopy(model.state_dict())
     plain, many = products(model)
-    with joined(lay_together(model)):
+    with joined(lay_together(model)[0]):
         together, few = products(model)
-        meanwhile = lay_together(model)  # as a call in another thread would
+        meanwhile, _ = lay_together(model)  # as a call in another thread would
     assert (many, few) == PRODUCTS[name]
     torch.testing.assert_close(together, plain, atol=1e-5, rtol=1e-5)
     assert [*map(id, model.modules())] == [*map(id, modules)]
@@ -51,7 +51,7 @@ def test_as_many_products_as_inputs(name):
 def test_weights_stay_what_they_are_to_others(tmp_path):
     model, other = model_of("Llama"), model_of("Llama")
     optimizers = [torch.optim.SGD(x.parameters(), lr=0.1) for x in (model, other)]
-    laid = lay_together(model)
+    laid, _ = lay_together(model)
     for each, optimizer in zip((model, other), optimizers, strict=True):
         each(IDS, labels=IDS).loss.backward()
         optimizer.step()
@@ -78,7 +78,7 @@ def test_what_others_hold_is_left_alone(who):
         weight.data = held[8:].view_as(weight)
     else:
         attention.k_proj.forward = attention.k_proj.forward
-    with joined(lay_together(model)):
+    with joined(lay_together(model)[0]):
         assert products(model)[1] == 22 - 9 + 2
     if who != "a hook of another library":
         held.zero_()
@@ -94,7 +94,7 @@ def test_weights_without_memory_of_their_own_are_left_alone():
             held = TwoTensor(linear.weight.data, linear.weight.data.clone())
             linear.weight = nn.Parameter(held, requires_grad=False)
     before = _state(model)
-    with joined(lay_together(model)), torch.no_grad():
+    with joined(lay_together(model)[0]), torch.no_grad():
         logits = model(IDS, use_cache=False).logits
     assert torch.equal(logits.a, products(plain)[0])
     model.model.layers[1].self_attn.q_proj.weight.b = torch.zeros(64, 64)
@@ -103,7 +103,7 @@ def test_weights_without_memory_of_their_own_are_left_alone():
 
 def test_a_layer_that_is_asked_by_itself_answers():
     model = model_of("Qwen2, 6 heads on 2")
-    laid = lay_together(model)
+    laid, _ = lay_together(model)
     attention = model.model.layers[0].self_attn
     first, second = torch.randn(2, 3, 96)
     names = ["v_proj", "k_proj", "q_proj", "k_proj"]
@@ -118,7 +118,7 @@ def test_a_layer_that_is_asked_by_itself_answers():
 def test_another_thread_is_given_its_own():
     model = model_of("Llama")
     attention, x = model.model.layers[0].self_attn, torch.randn(2, 3, 64)
-    with joined(lay_together(model)), torch.no_grad(), ThreadPoolExecutor() as pool:
+    with joined(lay_together(model)[0]), torch.no_grad(), ThreadPoolExecutor() as pool:
         held = attention.q_proj.held
         attention.q_proj(x)
         before, other = list(held), torch.randn(2, 3, 64)
@@ -133,7 +133,7 @@ def test_a_model_with_a_scripted_module():
     plain, many = products(model)
     for layer in model.model.layers:
         layer.mlp.act_fn = torch.jit.script(nn.SiLU())
-    with joined(lay_together(model)):
+    with joined(lay_together(model)[0]):
         together, few = products(model)
     torch.testing.assert_close(together, plain, atol=1e-5, rtol=1e-5)
     assert (many, few) == PRODUCTS["Llama"]

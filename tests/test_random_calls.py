@@ -12,11 +12,12 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 import pat_hf
 
 from .models import PAD, batch
+from .rerun import Rerun, as_on_a_gpu
 
 PAGE = 16
 LIMIT = 40  # pages
 KEPT = 14
-CALLS = 500
+CALLS = 400
 VOCABULARY = 41
 TOKEN = 2 * 2 * 1 * 16 * 4  # bytes of K and V: layers, heads, dim, float32
 
@@ -97,9 +98,13 @@ def check(cache):
     assert report.kept_tokens == sum(node.length for node in cache.prefixes.idle())
 
 
-def test_five_hundred_calls():
+@pytest.mark.parametrize("decode", ["eager", "captured"])
+def test_hundreds_of_calls(decode, monkeypatch):
+    if decode == "captured":
+        as_on_a_gpu(monkeypatch)
     stock, pat = models()
-    cache = pat_hf.PATCache(pat, KEPT * PAGE * TOKEN, page_size=PAGE, max_tokens=LIMIT * PAGE)
+    options = {"page_size": PAGE, "max_tokens": LIMIT * PAGE, "decode": decode}
+    cache = pat_hf.PATCache(pat, KEPT * PAGE * TOKEN, **options)
     rng = np.random.default_rng(0)
     said, pinned, modes = [], None, set()
     for call in range(CALLS):
@@ -136,6 +141,7 @@ def test_five_hundred_calls():
             cache.drop(prompts[-1] + [2])
             check(cache)
     assert len(modes) == 9 and len(cache.prefixes.roots) == 1
+    assert decode == "eager" or Rerun.made > 10
     assert "forward" not in vars(pat)
     report = cache.report()
     # The store was of use, and too small.
