@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from transformers import DynamicCache
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -34,6 +35,19 @@ def tokens(model, inputs, cache, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
     out = model.generate(**inputs, past_key_values=cache, max_new_tokens=60, **kwargs)
     return out.cpu(), torch.rand(1, device=out.device).cpu()
+
+
+def keeping(model, input_ids, generation_config, logits_processor, stopping_criteria, **kwargs):
+    """A loop of a caller's own, who keeps the logits of all steps: [steps, batch, vocabulary]."""
+    kept = [model._prefill(input_ids, generation_config, kwargs).logits[:, -1]]
+    mask = kwargs["attention_mask"]
+    for _ in range(5):
+        mask = torch.cat([mask, mask[:, -1:]], 1)
+        step = {"input_ids": kept[-1].argmax(-1, keepdim=True), "attention_mask": mask}
+        step |= {"position_ids": mask.sum(1, keepdim=True) - 1, "use_cache": True}
+        step |= {"past_key_values": kwargs["past_key_values"]}
+        kept.append(model(**step).logits[:, -1])
+    return torch.stack(kept)
 
 
 def main() -> None:
@@ -56,6 +70,15 @@ def main() -> None:
                     good = all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
                     failed += not good
                     print(f"{len(ends)} ends, {mode}, {decode}, {turn}: {good}; {cache.decoding}")
+    expected = stock.generate(
+        **inputs, past_key_values=DynamicCache(config=stock.config), custom_generate=keeping
+    )
+    for decode in ("captured", "compiled"):
+        cache = pat_hf.PATCache(pat, page_size=16, decode=decode)
+        kept = pat.generate(**inputs, past_key_values=cache, custom_generate=keeping)
+        good = torch.allclose(kept, expected, atol=1e-3)
+        failed += not good
+        print(f"logits kept by a loop of the caller's, {decode}: {good}; {cache.decoding}")
     norm = pat.model.norm.forward
     pat.model.norm.forward = lambda x: norm(x * float(x.isfinite().all()))  # waits for the device
     for mode, kwargs in MODES.items() if device.type == "cuda" else ():
