@@ -100,7 +100,8 @@ class Columns:
 
     def resume(self) -> None:
         """Lets all requests go on; what they were fed behind their ends is padding."""
-        self._mask, self.ended = self.tokens(), np.full(len(self.ended), _NEVER)
+        if (self.ended < _NEVER).any():
+            self._mask, self.ended = self.tokens(), np.full(len(self.ended), _NEVER)
 
     def find_ends(self) -> None:
         """Ends requests that were fed one of the ids to stop at: they get no more pages or work."""
