@@ -62,7 +62,6 @@ def install() -> None:
         setattr(GenerationMixin, name, _around(stock[name], function))
     if check := getattr(utils, "DeferredStopCheck", None):  # from 5.17 on
         check.is_supported = staticmethod(_around(check.is_supported, _is_supported))
-        check.__call__ = _around(check.__call__, _check_stops)
 
 
 def _around(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
@@ -195,20 +194,6 @@ def _is_supported(
     # Replays are queued ahead of the device, and a PATCache can take a step back.
     ours = isinstance(cache, PATCache) and cache.defer_stops()
     return ours or stock(device, cache, *args, **kwargs)
-
-
-def _check_stops(
-    stock: Callable[..., bool], check: Any, unfinished: torch.Tensor, *args: Any
-) -> bool:
-    if not isinstance(check.cache, PATCache) or not unfinished.is_cuda or check.streamer:
-        return stock(check, unfinished, *args)
-    # On a stream of its own: that the flag is on its way to the host need not keep the device.
-    if not hasattr(check, "_stream"):
-        check._stream = torch.cuda.Stream(unfinished.device)
-    check._stream.wait_stream(torch.cuda.current_stream(unfinished.device))
-    unfinished.record_stream(check._stream)
-    with torch.cuda.stream(check._stream):
-        return stock(check, unfinished, *args)
 
 
 def _stops(config: GenerationConfig, criteria: StoppingCriteriaList) -> Sequence[int]:
