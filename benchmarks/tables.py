@@ -64,7 +64,8 @@ def generate(results: dict) -> str:
     for row in results["rows"]:
         base = stock.get(row["workload"])
         ratios = [f"{base[x] / row[x]:.2f}x" if base else "" for x in ("ttft_s", "tpot_ms")]
-        line = [f"{row['workload']}: {row['tree']}", str(row["batch"]), row["mode"]]
+        name = ": ".join(dict.fromkeys((row["workload"], row["tree"])))
+        line = [name, str(row["batch"]), row["mode"]]
         line += [f"{row['ttft_s']:.3g} s", f"{row['tpot_ms']:.4g} ms"]
         line += [f"{row['decode_tokens_s']:,.0f}", *(ratios if stock else [])]
         cells.append(line)
