@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -66,7 +66,7 @@ class PagePool:
         self.page_size = page_size
         self.limit = None if max_tokens is None else max_tokens // page_size
         self.layers: dict[int, Layer] = {}
-        self._before: dict[int, Layout] = {}  # of layers that are there when asked for
+        self._expected: dict[int, Layout] = {}
         self.memory = memory or Memory()
         self.references = np.ones(1, np.int32)  # the sink's
         self._free: list[int] = []
@@ -221,21 +221,26 @@ class PagePool:
         shapes = [(x.shape[1], self.page_size, x.shape[3]) for x in (keys, values)]
         return Layer(*self.memory.resize(index, size, shapes, keys.dtype, keys.device))
 
-    def restore(self) -> None:
-        """Lets there be the layers that the pool's memory had before."""
-        self._before = dict(self.memory.layers)
+    def expect(self, layouts: Mapping[int, Layout]) -> None:
+        """Notes, by number, what layers are going to be like: `layer` makes them."""
+        self._expected = dict(layouts)
 
     def layer(self, index: int) -> Layer:
-        """A layer; one of those before gets its memory when it is first asked for."""
+        """A layer; an expected one is made when it is first asked for.
+
+        Raises:
+            KeyError: if it is neither there nor expected.
+            torch.OutOfMemoryError: if the device has no memory for it.
+        """
         if index not in self.layers:
-            parts = self.memory.resize(index, len(self.references), *self._before[index])
+            parts = self.memory.resize(index, len(self.references), *self._expected[index])
             self.layers[index] = Layer(*parts)
         return self.layers[index]
 
     @property
     def numbers(self) -> set[int]:
-        """Of the layers that `layer` knows."""
-        return self.layers.keys() | self._before.keys()
+        """Numbers of the layers that are there or expected."""
+        return self.layers.keys() | self._expected.keys()
 
     def split(self, node: Node, at: int) -> list[int] | None:
         """Takes the pages of the first `at` tokens off a node and returns them.

@@ -131,7 +131,7 @@ class PATCache(Cache):
         self._broken = False  # a change was broken off
         self._tuned: list[weakref.ref[nn.Module]] = []  # layers with adapters
         self.rotaries = rotary.scaled(self.model)  # their frequencies follow the batch's length
-        self.own_loop = True  # forwards are a loop's of the caller's own
+        self.own_loop = True  # forwards, if there are any, are not those of Transformers' loops
         self._begin_batch()
         self._count_from_zero()
 
@@ -359,7 +359,7 @@ class PATCache(Cache):
         twin._workspace = lease(self.model, twin)
         twin.store = self.store.copy(twin._workspace.memory)
         twin._columns = self._columns.copy()
-        twin.step = twin._decoder = None
+        twin.step, twin._decoder, twin.own_loop = None, None, True
         return twin
 
     # What the forward asks
@@ -455,11 +455,16 @@ class PATCache(Cache):
         self._columns.stop_at(ids)
 
     def look_ahead(self) -> None:
-        """Plans the first decode step, while the device computes the prompts."""
+        """Plans the first decode step, while the device computes the prompts.
+
+        Until then every request has a token and a page for it, if need be, more than it is fed;
+        `disarm` takes them back if the step never comes. So nothing is planned where pages are
+        limited: others might have to go for them. Nor where keys follow the batch's length.
+        """
         decoder = self._decoder
-        if self.known_loop and decoder.mode != "eager" and decoder.steps:
-            with suppress(PoolExhausted):  # the step says so, if it comes to that
-                self.begin(len(self.prefixes), 1, None, decoder.device)
+        ample = self.pool.limit is None and not self.rotaries
+        if ample and self.known_loop and decoder.mode != "eager" and decoder.steps:
+            self._next_step(len(self.prefixes), 1, None, decoder.device)
 
     def defer_stops(self) -> bool:
         """Whether `generate()` is to see a step late that all requests are finished.
@@ -513,7 +518,10 @@ class PATCache(Cache):
 
     @property
     def known_loop(self) -> bool:
-        """Whether forwards are those of Transformers' own loops, which number tokens as we do."""
+        """Whether forwards are those of Transformers' own loops.
+
+        These number tokens as we do, add no padding, and copy the logits that they are given.
+        """
         return self._decoder is not None and not self.own_loop
 
     def _numbered_otherwise(

@@ -91,11 +91,11 @@ class Graph:
             held.copy_(inputs[name])
         self._frequencies.load(inputs["position_ids"], regime)
         self._graph.replay()
-        # The next replay overwrites what this one returns; of logits, Transformers' loops make a
-        # copy of their own before.
+        # The next replay overwrites what this one computes. Transformers' own loops copy the
+        # logits, and no more, as soon as they have them.
         cache = inputs["past_key_values"]
-        copied = {"logits"} if cache.known_loop else ()
-        out = {name: x if name in copied else x.clone() for name, x in self._out.items()}
+        as_they_are = {"logits"} if cache.known_loop else ()
+        out = {name: x if name in as_they_are else x.clone() for name, x in self._out.items()}
         return self._kind(**out | {"past_key_values": cache})
 
 
@@ -167,16 +167,16 @@ class Decoder:
         return f"{what.get(self.mode, self.mode)} ({self.reason})"
 
     def prepare(self, workspace: Workspace, pool: PagePool) -> None:
-        """Gives a pool the layers that its workspace had in the last call, if they are the same."""
+        """Tells a pool what its layers were like in the last call, if the model is as it was."""
         state = (self._state, pool.page_size)
-        if self.mode == "compiled" and workspace.state == state:
-            pool.restore()
+        known = self.mode == "compiled" and workspace.state == state
+        pool.expect(workspace.memory.layers if known else {})
         workspace.state = state
 
     def prefill(
         self, forward: Forward, cache: PATCache, inputs: dict[str, Any]
     ) -> ModelOutput | None:
-        """A packed forward, compiled; `None` if it isn't to be, or where layers don't exist yet."""
+        """A packed forward, compiled; `None` if it isn't to be, or layers aren't known yet."""
         alone = cache.step.shape[1] == 1  # would be compiled as a case apart
         if self.mode != "compiled" or alone or len(cache.pool.numbers) < len(cache):
             return None
@@ -272,7 +272,7 @@ def _state(model: PreTrainedModel) -> Hashable:
     state: list[Hashable] = [str(model.get_experts_implementation())]
     for module in modules(model):
         state.append(module.training)
-        # Those of some rotary embeddings move: graphs hold them elsewhere.
+        # Buffers of some rotary embeddings are replaced by themselves: graphs hold copies.
         buffers = () if rotary.is_scaled(module) else module._buffers.values()
         state += [_addresses(x) for x in (*module._parameters.values(), *buffers)]
         if hasattr(type(module), "merged"):  # PEFT's layers

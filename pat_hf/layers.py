@@ -41,10 +41,13 @@ class Pages(Cache):
         self._layers: dict[int, LayerPages] = {}
         self._pool, self._step = pool, step
 
+    def __len__(self) -> int:
+        return len(self.numbers)  # a model may ask whether it was given a cache by its truth
+
     def layer(self, number: int) -> LayerPages:
         """A layer's pages, and where its new tokens go."""
         if number not in self._layers:
-            # Not before: while the device computes other layers, this one gets its memory.
+            # Memory takes the host a while, in which the device computes the layers before.
             pages = self._pool.layer(number)
             self._layers[number] = LayerPages(*pages, *self._step.targets(pages.keys.device))
         return self._layers[number]

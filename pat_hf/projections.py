@@ -47,8 +47,8 @@ def lay_together(model: nn.Module) -> tuple[list[Product], list[torch.Tensor]]:
     that are no plain tensors.
 
     Returns:
-        What lies together now, and what was left. As long as both are held, another call leaves
-        all of it where it is.
+        What lies together now, and weights that are used together and do not. As long as both are
+        held, another call leaves them where they are.
     """
     moved, products, left = False, [], []
     with _lock, torch.inference_mode(False), torch.no_grad():

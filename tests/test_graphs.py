@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounter
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 from transformers.generation import utils
 
 import pat_hf
@@ -430,9 +430,10 @@ def test_a_model_that_its_user_compiled(way):
 
 
 @pytest.mark.parametrize("mode", [{}, {"do_sample": True}, {"num_return_sequences": 2}])
-def test_the_first_step_is_planned_before_the_first_token(rerun, monkeypatch, mode):
+@pytest.mark.parametrize("decode", ["captured", "eager"])
+def test_the_first_step_is_planned_before_the_first_token(rerun, monkeypatch, mode, decode):
     stock, pat = pair("Llama")
-    mode = {"do_sample": True} | mode
+    mode = {"do_sample": "num_return_sequences" in mode} | mode
     plans, seen = Mock(wraps=pat_cache.make_plan), []
     monkeypatch.setattr(pat_cache, "make_plan", plans)
 
@@ -440,28 +441,136 @@ def test_the_first_step_is_planned_before_the_first_token(rerun, monkeypatch, mo
         seen.append(plans.call_count)
         return scores
 
-    cache = pat_hf.PATCache(pat, page_size=16, decode="captured")
+    cache = pat_hf.PATCache(pat, page_size=16, decode=decode)
     mode |= {"max_new_tokens": 3, "logits_processor": [note]}
-    assert torch.equal(
-        generate(pat, prompts(0), cache, **mode), generate(stock, prompts(0), **mode)
-    )
-    assert seen[:3] == [seen[0]] * 3 and seen[0] >= 2
+    ours = generate(pat, prompts(0), cache, **mode)
+    before, after, last = seen
+    assert torch.equal(ours, generate(stock, prompts(0), **mode))
+    assert (before == 1) == (decode == "eager") and after == last
+    assert (before == after) == (decode == "captured")
+    plans.reset_mock()
+    generate(pat, prompts(1), cache, **mode | {"max_new_tokens": 1})
+    assert plans.call_count == 1
 
 
-@pytest.mark.parametrize("room", [0, 9])
-def test_a_step_that_never_comes_leaves_no_trace(rerun, room):
-    """All requests end with their first token; and pages may be for the prompts alone."""
+@pytest.mark.parametrize("limited", [False, True])
+def test_a_step_that_never_comes_leaves_no_trace(rerun, limited):
+    """All requests end with their first token; and there may be pages for the prompts alone."""
     stock, pat = pair("Llama")
     inputs = prompts(0)
-    first = generate(stock, inputs, max_new_tokens=1)[:, -1]
-    pages = pat_hf.PATCache(pat, page_size=16, decode="captured")
-    generate(pat, inputs, pages, max_new_tokens=1)
-    limit = 16 * (pages.pool.used + room)
+    ends = generate(stock, inputs, max_new_tokens=1)[:, -1].tolist()
+    alone = pat_hf.PATCache(pat, page_size=16, decode="captured")
+    generate(pat, inputs, alone, max_new_tokens=1)
+    limit = 16 * alone.pool.used if limited else None
     cache = pat_hf.PATCache(pat, page_size=16, max_tokens=limit, decode="captured")
-    ends = {"eos_token_id": first.tolist(), "pad_token_id": 1}
+    kwargs = {"eos_token_id": ends, "pad_token_id": 1}
     for _ in range(2):
-        assert torch.equal(generate(pat, inputs, cache, **ends), generate(stock, inputs, **ends))
+        assert torch.equal(
+            generate(pat, inputs, cache, **kwargs), generate(stock, inputs, **kwargs)
+        )
         assert cache.dense_tokens == int(inputs["attention_mask"].sum())
-        assert cache.pool.used == pages.pool.used
+        assert cache.pool.used == alone.pool.used
         cache.pool.check(list(cache.prefixes))
     assert Rerun.made == 0
+
+
+def test_requests_that_end_at_once_leave_their_pages_to_others(rerun):
+    stock, pat = pair("Llama")
+    inputs = batch(np.random.default_rng(0).integers(2, VOCABULARY, (4, 32)).tolist())
+    plain = generate(stock, inputs, max_new_tokens=30)[:, 32:]
+    ends = plain[:3, 0].tolist()
+    assert not set(ends) & set(plain[3].tolist())
+    kwargs = {"eos_token_id": ends, "pad_token_id": 1, "max_new_tokens": 30}
+    cache = pat_hf.PATCache(pat, page_size=16, max_tokens=16 * 10, decode="captured")
+    assert torch.equal(generate(pat, inputs, cache, **kwargs), generate(stock, inputs, **kwargs))
+
+
+def _padding(model, input_ids, generation_config, **kwargs):
+    """A loop of the caller's own, in which the first request's last token is padding."""
+    given = {"past_key_values": kwargs["past_key_values"]}
+    mask = kwargs["attention_mask"]
+    logits = [model._prefill(input_ids, generation_config, kwargs).logits[:, -1]]
+    for _ in range(2):
+        new = torch.ones_like(mask[:, :1])
+        new[0] = 0
+        mask = torch.cat([mask, new], 1)
+        positions = (mask.cumsum(1) - 1)[:, -1:]
+        ids = logits[-1].argmax(-1, keepdim=True)
+        out = model(input_ids=ids, attention_mask=mask, position_ids=positions, **given)
+        logits.append(out.logits[:, -1])
+    return torch.stack(logits)[:, 1:]
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_loop_of_the_callers_own_may_pad(rerun, inside):
+    stock, pat = pair("Llama")
+    cache, outs = pat_hf.PATCache(pat, page_size=16, decode="captured"), []
+    for seed in range(2):
+        for model, given in ((stock, DynamicCache(config=stock.config)), (pat, cache)):
+            kwargs = prompts(seed) | {"past_key_values": given}
+            with torch.no_grad():
+                if inside:
+                    outs.append(generate(model, prompts(seed), given, custom_generate=_padding))
+                else:
+                    settings = GenerationConfig(max_length=200)
+                    outs.append(
+                        _padding(model, generation_config=settings, **kwargs, use_cache=True)
+                    )
+        torch.testing.assert_close(outs[-1], outs[-2], atol=1e-4, rtol=1e-4)
+        real = int(prompts(seed)["attention_mask"].sum())
+        assert cache.dense_tokens == real + 2 * 2
+        generate(pat, prompts(2), cache, max_new_tokens=3)
+
+
+def test_a_prefill_is_refused_for_another_model():
+    _, pat = pair.__wrapped__("Llama")
+    _, other = pair("Llama")
+    kwargs = {"past_key_values": pat_hf.PATCache(pat), "use_cache": True}
+    with pytest.raises(ValueError, match="another model"):
+        other._prefill(prompts(0)["input_ids"], GenerationConfig(max_length=200), kwargs)
+
+
+@pytest.mark.parametrize("decode", ["captured", "compiled"])
+def test_a_model_that_asks_whether_there_is_a_cache(rerun, monkeypatch, decode):
+    stock, pat = pair.__wrapped__("Llama")
+    expected = [generate(stock, prompts(seed)) for seed in range(2)]
+    own = type(pat.model).forward
+
+    def forward(self, *args, past_key_values=None, **kwargs):
+        past_key_values = past_key_values or DynamicCache(config=self.config)
+        return own(self, *args, past_key_values=past_key_values, **kwargs)
+
+    monkeypatch.setattr(type(pat.model), "forward", forward)
+    for seed in range(2):
+        cache = pat_hf.PATCache(pat, page_size=16, decode=decode)
+        assert torch.equal(generate(pat, prompts(seed), cache), expected[seed])
+        assert "as asked for" in cache.decoding
+        del cache
+
+
+def test_layers_are_expected_of_the_same_model_only(rerun):
+    """A prefill that breaks off before its first layer leaves nothing to be gone by."""
+    model = AutoModelForCausalLM.from_config(MODELS["Llama"], attn_implementation="pat").eval()
+    generate(model, prompts(0), pat_hf.PATCache(model, page_size=16, decode="compiled"))
+    gc.collect()
+    cache = pat_hf.PATCache(model, page_size=16, decode="compiled")
+    hook = model.model.embed_tokens.register_forward_hook(Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, prompts(0), cache)
+    hook.remove()
+    assert len(cache.pool.numbers) == 3 and not cache.pool.layers
+    model.to(torch.bfloat16)
+    generate(model, prompts(0), cache)
+    assert cache.pool.layers[0].keys.dtype == torch.bfloat16
+    assert cache.decoding.startswith("compiled, CUDA graph (as asked for")
+
+
+def test_what_a_graph_takes_for_granted():
+    _, pat = pair.__wrapped__("Llama")
+    states = [graphs._state(pat)]
+    assert states[0] == graphs._state(pat)
+    pat.model.layers[1].train()
+    states.append(graphs._state(pat))
+    pat.model.rotary_emb.inv_freq = pat.model.rotary_emb.inv_freq.clone()
+    states.append(graphs._state(pat))
+    assert len(set(states)) == 3

@@ -85,6 +85,18 @@ def test_what_others_hold_is_left_alone(who):
         assert not weight.any()
 
 
+def test_what_was_left_stays_as_long_as_it_is_held():
+    """Another call's graph may read it, though what referred to it is gone."""
+    model = model_of("Llama")
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    address, other = weight.data_ptr(), weight.data
+    products, left = lay_together(model)
+    del other
+    assert len(lay_together(model)[0]) == len(products) and weight.data_ptr() == address
+    del left
+    assert len(lay_together(model)[0]) == len(products) + 1 and weight.data_ptr() != address
+
+
 def test_weights_without_memory_of_their_own_are_left_alone():
     """As those of quantised models are."""
     model, plain = model_of("Llama"), model_of("Llama")

@@ -187,11 +187,14 @@ def interrupted(call, line):
     return count
 
 
-@pytest.mark.parametrize("mode", ["greedy", "samples", "beams", "lookup", "eos"])
-def test_an_interrupt_anywhere_leaves_a_sound_cache(mode):
+@pytest.mark.parametrize("mode", ["greedy", "captured", "samples", "beams", "lookup", "eos"])
+def test_an_interrupt_anywhere_leaves_a_sound_cache(mode, monkeypatch):
+    if mode == "captured":
+        as_on_a_gpu(monkeypatch)
     stock, pat = models()
     kwargs = {
         "greedy": {},
+        "captured": {"max_new_tokens": 6},
         "samples": {"do_sample": True, "num_return_sequences": 2},
         "beams": {"num_beams": 3},
         "lookup": {"prompt_lookup_num_tokens": 3},
