@@ -614,7 +614,7 @@ def _tables(
     inside = np.minimum(token, (length - 1) // size * size)
     page = np.asarray(nodes.pages, np.int32)[nodes.page_ptr[node] + (inside >> shift)]
     chunks[:, 0] = (page << shift) + (inside & (page_size - 1))
-    chunks[:, 1] = np.minimum(np.maximum(length - token, 0), size)
+    chunks[:, 1] = np.clip(length - token, 0, size)
     chunks[:, 2] = first
     chunks[:, 3] = runs.furthest[run] + 1 - first
     chunks[:, 4] = runs.hindmost[run] + 1 - first

@@ -282,8 +282,10 @@ def _state(model: PreTrainedModel) -> Hashable:
 
 
 def _addresses(x: torch.Tensor | None) -> Hashable:
-    if x is None or type(x) in (nn.Parameter, torch.Tensor):  # told apart fast
-        return x if x is None else x.data_ptr()
+    if x is None:
+        return None
+    if type(x) in (nn.Parameter, torch.Tensor):  # told apart fast
+        return x.data_ptr()
     if is_traceable_wrapper_subclass(x):  # a quantised weight, say, and its scales
         return tuple(_addresses(getattr(x, name)) for name in x.__tensor_flatten__()[0])
     return x.data_ptr()
