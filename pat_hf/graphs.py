@@ -152,6 +152,7 @@ class Decoder:
             self.mode, self.reason = mode, "as asked for"
         self._state, self._products, self._left = None, [], []
         if self.mode != "eager":
+            # Held for as long as the call: one in another thread must not move what this one reads.
             self._products, self._left = lay_together(model)
             self._state = _state(model)
 

@@ -6,7 +6,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pat_hf.kernels.plan import Heads, Machine, Nodes, Plan, Shape, make_plan
+from pat_hf.kernels.plan import (
+    Heads,
+    Machine,
+    Nodes,
+    Plan,
+    Shape,
+    _compress,
+    _query_tiles,
+    make_plan,
+)
 
 from .trees import Case, cases, nodes_of, path_tokens, room
 
@@ -162,6 +171,11 @@ def test_what_lies_before_the_windows_is_left_out(case, machine, window, steps):
     assert_covers(plan.tables, case, position, window)
     chunks, size = plan.tables.chunks, machine.chunk(case.page_size)
     assert (chunks[:, 4] - window < size)[chunks[:, 1] > 0].all()
+    # Short nodes may be read more often, where that is cheaper than to compute them for more rows.
+    with_window, without = (
+        _query_tiles(_compress(*case[:3], x), case.heads, machine).cost for x in (window, None)
+    )
+    assert with_window <= without
 
 
 def test_a_window_bounds_what_is_read():

@@ -17,7 +17,7 @@ from .rerun import Rerun, as_on_a_gpu
 PAGE = 16
 LIMIT = 40  # pages
 KEPT = 14
-CALLS = 400
+CALLS = 500
 VOCABULARY = 41
 TOKEN = 2 * 2 * 1 * 16 * 4  # bytes of K and V: layers, heads, dim, float32
 

@@ -3,8 +3,8 @@
     python tests/gpu/stops.py
 
 Stops are looked at a step late there, unless a default device is set, as the other tests do. And a
-step that can't be captured, which is found out while it is; and a store that was saved on the CPU
-serves a model on the GPU.
+loop of the caller's that keeps the logits of captured steps; a step that can't be captured, which
+is found out while it is; and a store that was saved on the CPU serves a model on the GPU.
 """
 
 from __future__ import annotations
