@@ -27,6 +27,7 @@ from pat_hf.cache.store import Store
 from pat_hf.cache.workspace import lease
 from pat_hf.kernels.ops import backend
 from pat_hf.kernels.plan import Machine, Nodes, Plan, make_plan
+from pat_hf.norms import fused, rms_norms
 from pat_hf.support import heads_of, supported_config, unwrapped, windowed
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ class PATCache(Cache):
         self.step: Step | None = None
         self._missing: list[Node] = []  # nodes that have pages, but no K and V yet
         self._room = 0  # steps until an open leaf needs a page
+        self._norms: list[nn.Module] | None = None  # the model's, looked up once a batch
 
     @property
     def prefixes(self) -> PrefixTree:
@@ -554,8 +556,9 @@ class PATCache(Cache):
         decoder, step = self._decoder, self.step
         if decoder is not None and step is not None and step.packed:
             out = decoder.prefill(forward, self, kwargs)
-            return forward(*args, **kwargs) if out is None else out
-        if (
+            if out is not None:
+                return out
+        elif (
             decoder is not None
             and decoder.mode != "eager"
             and not args
@@ -570,7 +573,10 @@ class PATCache(Cache):
                 self._columns.advance(self.step.columns, self.step.real)
                 self.step.written.update(self.pool.layers)
                 return out
-        return forward(*args, **kwargs)
+        if self._norms is None:
+            self._norms = rms_norms(self.model)
+        with fused(self._norms):
+            return forward(*args, **kwargs)
 
     @_surgery
     def _label(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,14 +18,15 @@ from pat_hf.cache.page_pool import PagePool
 from pat_hf.cache.pat_cache import PATCache
 from pat_hf.cache.workspace import Workspace
 from pat_hf.layers import Pages, capturing, compiled_layers
+from pat_hf.norms import fused, rms_norms
 from pat_hf.projections import Product, joined, lay_together
-from pat_hf.support import modules
+from pat_hf.support import has_hooks, modules
 
 logger = logging.get_logger(__name__)
 
 Forward = Callable[..., ModelOutput]
 # Steps that about win back what a mode costs to begin with: 0.1 s, and 20 s.
-_CAPTURE, _COMPILE = 4, 4096
+_CAPTURE, _COMPILE = 4, 8192
 _INPUTS = {"input_ids", "position_ids", "attention_mask", "past_key_values"}
 
 
@@ -59,7 +60,7 @@ class Graph:
         step, current = cache.step, torch.cuda.current_stream(device)
         held = Pages(cache.pool, step)
         inputs = inputs | self._given | {"attention_mask": None, "past_key_values": held}
-        layers = compiled_layers(cache.model, held) if compiled else nullcontext()
+        layers = compiled_layers(cache.model, held) if compiled else fused(rms_norms(cache.model))
         stream = torch.cuda.Stream(device)
         stream.wait_stream(current)
         try:
@@ -258,10 +259,8 @@ def _obstacle(model: PreTrainedModel) -> str | None:
             reason = "is offloaded"
         if rotary.on_the_host(module):
             reason = "looks at the positions on the host"
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
-            # Transformers' own note hidden states, where asked for.
-            if getattr(hook, "__module__", "") != "transformers.utils.output_capturing":
-                reason = "has forward hooks, which a replay would not run"
+        if has_hooks(module):
+            reason = "has forward hooks, which a replay would not run"
         if reason is not None:
             name = next(name for name, x in model.named_modules() if x is module)
             return f"{name or 'the model'} {reason}"

@@ -25,7 +25,7 @@ capturing = threading.RLock()  # one at a time: what it sets up is the process's
 
 
 class Pages(Cache):
-    """A PATCache as a captured forward sees it: tensors at fixed addresses, nothing to count.
+    """A PATCache as layers see it in a forward that is planned: tensors, and nothing to count.
 
     Args:
         pool: of pages of K and V.

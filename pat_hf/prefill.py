@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -15,6 +16,7 @@ from pat_hf.cache.page_pool import SINK
 from pat_hf.cache.pat_cache import PATCache
 from pat_hf.cache.prefix_tree import Node, Preorder
 from pat_hf.cache.step import Step, staged
+from pat_hf.last_layer import only_wanted
 
 
 def prefill(
@@ -107,10 +109,9 @@ def packed(
             stop = min(first + chunk, stop)
             if done + most < len(ends):
                 stop = min(stop, int(ends[done + most]))
-            token, position, node, page, slot = rows[:, first:stop]
-            plans = cache.plans(order, node, position, device, ahead=0)
-            step = Step(device, 1, stop - first, [plan.shape for plan in plans])
-            cache.announce(step.load(plans, page, slot, columns=0))
+            token, position, *_ = these = rows[:, first:stop]
+            step_of = functools.partial(_step, cache, order, device, these)
+            cache.announce(step_of())
             here = ends[done : np.searchsorted(ends, stop)] - first
             inputs = {"position_ids": _moved(position, device)[None]}
             if feed is None:
@@ -118,7 +119,7 @@ def packed(
             else:
                 inputs["inputs_embeds"] = feed(token)[None].to(device)
             with adapters.only(cache.tuned, request), rotary.of_length(cache.rotaries, longest):
-                logits = _logits(model, cache, inputs, here)
+                logits = _logits(model, cache, inputs, here, step_of)
             yield logits
             first, done = stop, done + len(here)
         cache.computed()
@@ -159,6 +160,20 @@ def _rows(
     return np.concatenate(rows, 1), np.concatenate(ends), list(bounds.items())
 
 
+def _step(
+    cache: PATCache,
+    order: Preorder,
+    device: torch.device,
+    rows: np.ndarray,
+    some: np.ndarray | slice = slice(None),
+) -> Step:
+    """The step of a forward of rows that `_rows` gives, or of some of them."""
+    _, position, node, page, slot = rows[:, some]
+    plans = cache.plans(order, node, position, device, ahead=0)
+    step = Step(device, 1, len(node), [plan.shape for plan in plans])
+    return step.load(plans, page, slot, columns=0)
+
+
 def _moved(source: np.ndarray, device: torch.device) -> torch.Tensor:
     return staged(torch.from_numpy(source), device).to(device, non_blocking=True)
 
@@ -188,18 +203,24 @@ def _numbered(embeds: torch.Tensor) -> tuple[np.ndarray, Callable[[np.ndarray], 
 
 
 def _logits(
-    model: PreTrainedModel, cache: PATCache, inputs: dict[str, torch.Tensor], wanted: np.ndarray
+    model: PreTrainedModel,
+    cache: PATCache,
+    inputs: dict[str, torch.Tensor],
+    wanted: np.ndarray,
+    step_of: Callable[[np.ndarray], Step],
 ) -> torch.Tensor:
     """One packed forward; logits [len(wanted), vocabulary] of the wanted rows."""
+    # Not every model takes an empty choice.
+    keep = wanted if len(wanted) else np.zeros(1, np.int64)
+    positions = inputs["position_ids"]
+    rows = _moved(keep, positions.device)
     few = model._supports_logits_to_keep()
     if few:
-        # Not every model takes an empty choice.
-        keep = wanted if len(wanted) else np.zeros(1, np.int64)
         # accelerate would move a tensor to the first layer's device, and the hidden states that it
         # picks from are on the last one's.
-        placed = hasattr(model, "_hf_hook")
-        inputs["logits_to_keep"] = keep if placed else _moved(keep, inputs["position_ids"].device)
-    out = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits[0]
+        inputs["logits_to_keep"] = keep if hasattr(model, "_hf_hook") else rows
+    with only_wanted(cache, rows, positions.shape[-1], lambda: step_of(keep)):
+        out = model(**inputs, past_key_values=cache, use_cache=True, return_dict=True).logits[0]
     return out[: len(wanted)] if few else out[wanted]
 
 

@@ -75,6 +75,23 @@ def modules(model: nn.Module) -> Iterator[nn.Module]:
             waiting.extend(reversed(module._modules.values()))
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether its user has it go through torch.compile."""
+    forward = vars(module).get("forward")
+    forward = getattr(forward, "own", forward)  # while we serve it
+    return module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether its user has something run with its forwards."""
+    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+        # Those of Transformers note hidden states, where asked for; ours are a prefill's.
+        source = getattr(hook, "__module__", None) or ""
+        if source != "transformers.utils.output_capturing" and not source.startswith("pat_hf."):
+            return True
+    return False
+
+
 def windowed(config: PretrainedConfig) -> bool:
     """Whether there are layers with windows."""
     kinds = getattr(config, "layer_types", None)

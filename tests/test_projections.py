@@ -136,7 +136,7 @@ def test_another_thread_is_given_its_own():
         before, other = list(held), torch.randn(2, 3, 64)
         ours = pool.submit(torch.no_grad()(attention.q_proj), other).result()
         assert held[0] is before[0]
-    assert torch.equal(ours, attention.q_proj(other))
+    torch.testing.assert_close(ours, attention.q_proj(other))  # threads may round otherwise
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
