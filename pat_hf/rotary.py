@@ -65,7 +65,8 @@ def of_length(rotaries: Sequence[nn.Module], length: int) -> Iterator[None]:
     """For its length, this thread's forwards compute as in a batch with `length` tokens at most."""
     thread = threading.get_ident()
 
-    def lengthen(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    # PyTorch may forget that a hook takes kwargs when another thread removes one of its own.
+    def lengthen(module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple | None:
         if threading.get_ident() != thread:
             return None
         given = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
