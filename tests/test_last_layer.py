@@ -77,8 +77,11 @@ def test_only_wanted_tokens_go_through_the_last_layer(decode, llama, rows, monke
 
 
 def test_few_tokens_are_not_worth_it(llama, rows, monkeypatch):
-    monkeypatch.setattr(last_layer, "LEAST", TOKENS)
     model, expected = llama
+    generate(model, pat_hf.PATCache(model), [[5, 6, n] for n in range(10, 14)])
+    assert rows[:3] == [6, 6, 6]  # and 4 are wanted
+    monkeypatch.setattr(last_layer, "LEAST", TOKENS)
+    rows.clear()
     assert torch.equal(generate(model, pat_hf.PATCache(model)), expected)
     assert rows[:3] == [TOKENS] * 3
 
@@ -106,13 +109,14 @@ def test_a_layer_with_a_forward_of_its_own_computes_all_tokens(how, llama, rows)
     assert len(PROMPTS) not in rows[:3]
 
 
-def test_an_argument_that_has_nothing_of_tokens_leaves_the_layer_as_it_is(llama, rows, monkeypatch):
+@pytest.mark.parametrize("shape", [(64,), (1, 64)])
+def test_what_is_not_of_tokens_leaves_the_layer_as_it_is(shape, llama, rows, monkeypatch):
     model, expected = llama
     call, forward = LlamaDecoderLayer.__call__, LlamaDecoderLayer.forward
     monkeypatch.setattr(
         LlamaDecoderLayer,
         "__call__",
-        lambda self, *args, **kwargs: call(self, *args, bias=torch.zeros(64), **kwargs),
+        lambda self, *args, **kwargs: call(self, *args, bias=torch.zeros(shape), **kwargs),
     )
     monkeypatch.setattr(
         LlamaDecoderLayer,
@@ -127,7 +131,7 @@ def test_another_thread_s_forward_is_left_alone(llama, monkeypatch):
     """While the last layer stores, and while it computes the rest; as many tokens as there."""
     model, expected = llama
     ids = torch.arange(TOKENS)[None] % 90
-    alone, beside = model(ids).logits, []
+    alone, beside, left = model(ids).logits, [], []
     layer, update, forward = model.model.layers[-1], PATCache.update, LlamaMLP.forward
 
     def elsewhere():
@@ -144,13 +148,16 @@ def test_another_thread_s_forward_is_left_alone(llama, monkeypatch):
     def computed(mlp, x):
         if mlp is layer.mlp and len(beside) == 1 and x.shape[1] == len(PROMPTS):
             elsewhere()
+            left.extend(layer._forward_pre_hooks.values())
         return forward(mlp, x)
 
     monkeypatch.setattr(PATCache, "update", updated)
     monkeypatch.setattr(LlamaMLP, "forward", computed)
     assert torch.equal(generate(model, pat_hf.PATCache(model)), expected)
     assert len(beside) == 2
-    for logits in beside:
+    # As an interrupt might leave it.
+    layer.register_forward_pre_hook(left[-1], with_kwargs=True)
+    for logits in (*beside, model(ids).logits):
         torch.testing.assert_close(logits, alone)
 
 

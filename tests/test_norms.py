@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import pat_hf
+from pat_hf import layers
 from pat_hf.norms import fused, rms_norms
 
 from .models import MODELS, batch, pair
@@ -81,6 +82,19 @@ def test_forwards_on_a_cache_have_them(decode, llama, taken, monkeypatch):
     taken.clear()
     llama(PROMPTS["input_ids"])
     assert not taken
+
+
+def test_compiled_layers_have_their_own(llama, taken, monkeypatch):
+    as_on_a_gpu(monkeypatch)
+    torch._dynamo.reset()
+    compiled = torch.compile(layers._forward, backend="eager", fullgraph=True, dynamic=False)
+    monkeypatch.setattr(layers, "_compile", lambda: compiled)
+    expected = generate(pair("Llama")[0], None)
+    for _ in range(2):  # a first call's prefill isn't compiled
+        taken.clear()
+        assert torch.equal(generate(llama, pat_hf.PATCache(llama, decode="compiled")), expected)
+    # The last layer's K and V of all tokens are not compiled.
+    assert {id(x) for x in taken} == {id(llama.model.layers[-1].input_layernorm.weight)}
 
 
 def test_scores_have_them(llama, taken):
