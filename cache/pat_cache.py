@@ -152,7 +152,7 @@ class PATCache(Cache):
         self.step: Step | None = None
         self._missing: list[Node] = []  # nodes that have pages, but no K and V yet
         self._room = 0  # steps until an open leaf needs a page
-        self._norms: list[nn.Module] | None = None  # the model's, looked up once a batch
+        self._norms: list[nn.Module] | None = None
 
     @property
     def prefixes(self) -> PrefixTree:
@@ -163,6 +163,13 @@ class PATCache(Cache):
     def pool(self) -> PagePool:
         """The pages of K and V."""
         return self.store.pool
+
+    @property
+    def norms(self) -> list[nn.Module]:
+        """The model's RMS norms, looked up once a batch."""
+        if self._norms is None:
+            self._norms = rms_norms(self.model)
+        return self._norms
 
     @property
     def keep_bytes(self) -> int | None:
@@ -573,9 +580,7 @@ class PATCache(Cache):
                 self._columns.advance(self.step.columns, self.step.real)
                 self.step.written.update(self.pool.layers)
                 return out
-        if self._norms is None:
-            self._norms = rms_norms(self.model)
-        with fused(self._norms):
+        with fused(self.norms):
             return forward(*args, **kwargs)
 
     @_surgery

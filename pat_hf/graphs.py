@@ -18,7 +18,7 @@ from pat_hf.cache.page_pool import PagePool
 from pat_hf.cache.pat_cache import PATCache
 from pat_hf.cache.workspace import Workspace
 from pat_hf.layers import Pages, capturing, compiled_layers
-from pat_hf.norms import fused, rms_norms
+from pat_hf.norms import fused
 from pat_hf.projections import Product, joined, lay_together
 from pat_hf.support import has_hooks, modules
 
@@ -60,7 +60,7 @@ class Graph:
         step, current = cache.step, torch.cuda.current_stream(device)
         held = Pages(cache.pool, step)
         inputs = inputs | self._given | {"attention_mask": None, "past_key_values": held}
-        layers = compiled_layers(cache.model, held) if compiled else fused(rms_norms(cache.model))
+        layers = compiled_layers(cache.model, held) if compiled else fused(cache.norms)
         stream = torch.cuda.Stream(device)
         stream.wait_stream(current)
         try:

@@ -105,12 +105,11 @@ def _last(cache: PATCache) -> nn.Module | None:
     layer = layers[-1]
     if not isinstance(layer, GradientCheckpointingLayer):
         return None
-    inside = list(modules(layer))
-    behind = (cache.model, *cache.model.children(), decoder, *decoder.children())
-    for module in (*inside, *behind):
-        if has_hooks(module) or is_compiled(module) or "_hf_hook" in vars(module):
-            return None
-    return None if any("forward" in vars(module) for module in inside) else layer
+    behind = (*cache.model.children(), decoder, *decoder.children())
+    seen = [x for x in (*modules(layer), *behind) if x is not cache.model]
+    if "_hf_hook" in vars(cache.model) or any("forward" in vars(x) for x in seen):
+        return None
+    return None if any(has_hooks(x) or is_compiled(x) for x in (cache.model, *seen)) else layer
 
 
 def _until_stored(x: Any) -> Any:

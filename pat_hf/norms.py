@@ -1,4 +1,4 @@
-"""RMS norms as the one kernel that PyTorch has for them, where Transformers' own take six.
+"""RMS norms as the one kernel that PyTorch has for them, where Transformers' own take eight.
 
 For forwards that are not compiled. In 16 bits it rounds once, most of Transformers' twice.
 """

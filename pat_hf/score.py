@@ -13,7 +13,7 @@ from pat_hf import rotary
 from pat_hf.cache.page_pool import PoolExhausted
 from pat_hf.cache.pat_cache import PATCache, token_ids
 from pat_hf.cache.prefix_tree import Node, common_prefix
-from pat_hf.norms import fused, rms_norms
+from pat_hf.hooks import serving
 from pat_hf.prefill import packed
 from pat_hf.support import unwrapped
 
@@ -76,7 +76,7 @@ def loglikelihoods(
         regime = rotary.regime(cache.rotaries, len(pairs[i].tokens), remembered=False)
         regimes.setdefault(regime, []).append(i)
     scores = _unfilled(len(pairs))
-    with fused(rms_norms(model)):
+    with serving(model):
         for alike in sorted(regimes.values(), key=lambda group: len(pairs[group[0]].tokens)):
             for group in _groups(pairs, alike, cache.prefill_tokens):
                 _score(model, cache, pairs, group, scores)

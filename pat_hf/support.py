@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import nn
+from torch.nn.modules import module as _modules
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pat_hf.kernels.plan import Heads
@@ -83,8 +84,13 @@ def is_compiled(module: nn.Module) -> bool:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether its user has something run with its forwards."""
-    for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values()):
+    """Whether its user has something run with its forwards, or with all modules'."""
+    for hook in (
+        *_modules._global_forward_hooks.values(),
+        *_modules._global_forward_pre_hooks.values(),
+        *module._forward_hooks.values(),
+        *module._forward_pre_hooks.values(),
+    ):
         # Those of Transformers note hidden states, where asked for; ours are a prefill's.
         source = getattr(hook, "__module__", None) or ""
         if source != "transformers.utils.output_capturing" and not source.startswith("pat_hf."):

@@ -4,7 +4,7 @@ import weakref
 
 from pat_hf import graphs, layers, rotary
 from pat_hf.cache import pat_cache, workspace
-from pat_hf.norms import fused, rms_norms
+from pat_hf.norms import fused
 
 
 class Rerun(graphs.Graph):
@@ -33,12 +33,8 @@ class Rerun(graphs.Graph):
         self._frequencies.load(inputs["position_ids"], regime)
         held = layers.Pages(cache.pool, cache.step)
         changed = {"attention_mask": None, "past_key_values": held}
-        compiled = (
-            layers.compiled_layers(cache.model, held)
-            if self._compiled
-            else fused(rms_norms(cache.model))
-        )
-        with graphs.joined(self._products), self._frequencies.fixed(), compiled:
+        whole = layers.compiled_layers(cache.model, held) if self._compiled else fused(cache.norms)
+        with graphs.joined(self._products), self._frequencies.fixed(), whole:
             out = self._forward(**self._inputs | self._given | changed)
         out.past_key_values = inputs["past_key_values"]
         return out

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch import nn
 from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
@@ -96,13 +97,29 @@ def test_a_hook_sees_all_tokens(name, llama, rows):
     assert seen[0] == TOKENS and rows[:3] == [TOKENS] * 3
 
 
-@pytest.mark.parametrize("how", ["forward", "compiled"])
+@pytest.mark.parametrize("register", ["hook", "pre_hook"])
+def test_a_hook_of_all_modules_sees_all_tokens(register, llama, rows):
+    model, expected = llama
+    handle = getattr(nn.modules.module, f"register_module_forward_{register}")(lambda *args: None)
+    with handle:
+        assert torch.equal(generate(model, pat_hf.PATCache(model)), expected)
+    assert rows[:3] == [TOKENS] * 3
+
+
+def test_scores_want_few(llama, rows):
+    model, _ = llama
+    pat_hf.loglikelihoods(model, [SHARED, SHARED], [[7], [8, 9]])
+    assert rows == [61, 61, 2]  # of 60 and an 8, the last ones
+
+
+@pytest.mark.parametrize("how", ["forward", "norm", "compiled"])
 def test_a_layer_with_a_forward_of_its_own_computes_all_tokens(how, llama, rows):
     model, expected = llama
     layer = model.model.layers[-1]
-    if how == "forward":
-        forward = layer.forward
-        layer.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    if how != "compiled":
+        module = layer if how == "forward" else model.model.norm
+        forward = module.forward
+        module.forward = lambda *args, **kwargs: forward(*args, **kwargs)
     else:
         layer.compile(backend="eager")
     assert torch.equal(generate(model, pat_hf.PATCache(model)), expected)
