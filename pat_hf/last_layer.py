@@ -20,7 +20,7 @@ from pat_hf.layers import Pages
 from pat_hf.norms import fused, rms_norms
 from pat_hf.support import has_hooks, is_compiled, modules
 
-LEAST = 1024  # tokens that are to be spared: another plan takes the host a millisecond
+LEAST = 1024  # tokens that are to be spared: another plan takes the host milliseconds
 
 
 class _Stored(BaseException):
