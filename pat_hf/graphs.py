@@ -67,13 +67,7 @@ class Graph:
             with capturing, joined(products), self._frequencies.fixed(), layers, _cublaslt():
                 with torch.cuda.stream(stream):  # where PyTorch stays if a capture fails
                     # Compiles kernels; what it stores, the first replay stores again.
-                    out = forward(**inputs)
-                    # A `Sum` would be the first replay's for good.
-                    others = [
-                        k for k, x in out.items() if type(x) is not torch.Tensor and x is not held
-                    ]
-                    if others:
-                        raise TypeError(f"its output has {', '.join(others)}")
+                    _check_output(forward(**inputs), held)
                     self._graph = torch.cuda.CUDAGraph()
                     with torch.cuda.graph(self._graph, pool, stream, "thread_local"):
                         out = forward(**inputs)
@@ -104,6 +98,13 @@ def _given_anew(inputs: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Copies of the inputs that each replay has of its own."""
     with torch.inference_mode(False):  # tensors made in it can't be written to outside of it
         return {name: inputs[name].clone() for name in ("input_ids", "position_ids")}
+
+
+def _check_output(out: ModelOutput, held: Pages) -> None:
+    """Refuses what isn't a tensor, or is a `Sum`: it would be the first replay's for good."""
+    others = [k for k, x in out.items() if type(x) is not torch.Tensor and x is not held]
+    if others:
+        raise TypeError(f"its output has {', '.join(others)}")
 
 
 @contextmanager

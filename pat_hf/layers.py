@@ -19,7 +19,7 @@ from pat_hf import rotary
 from pat_hf.cache.page_pool import PagePool
 from pat_hf.cache.step import KVLength, Step
 from pat_hf.kernels.ops import store
-from pat_hf.support import modules
+from pat_hf.support import captures_outputs, modules
 
 capturing = threading.RLock()  # one at a time: what it sets up is the process's
 
@@ -157,7 +157,8 @@ def compiled_layers(model: PreTrainedModel, held: Pages, packed: bool = False) -
         ),
     )
     with capturing:
-        layers, leaves = _layers(model)
+        found = list(modules(model))
+        layers, leaves = _layers(found)
         if not layers or any("forward" in vars(layer) for layer in layers):
             raise TypeError("its decoder layers can't be told or have forwards of their own")
         numbers = [
@@ -165,7 +166,15 @@ def compiled_layers(model: PreTrainedModel, held: Pages, packed: bool = False) -
         ]
         if sorted(numbers) != held.numbers:
             raise TypeError("some decoder layers store no K and V of their own, or several")
+        hooks = [
+            (module._forward_hooks, number, hook)
+            for module in found
+            for number, hook in module._forward_hooks.items()
+            if captures_outputs(hook)
+        ]
         try:
+            for registered, number, hook in hooks:
+                registered[number] = functools.partial(_unless_compiled, hook)
             for number, layer in zip(numbers, layers, strict=True):
                 layer.forward = functools.partial(_run_layer, layer, held, number)
             for leaf in leaves:
@@ -177,11 +186,20 @@ def compiled_layers(model: PreTrainedModel, held: Pages, packed: bool = False) -
         finally:
             for module in (*layers, *leaves):
                 vars(module).pop("forward", None)
+            for registered, number, hook in hooks:
+                registered[number] = hook
 
 
-def _layers(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
+def _unless_compiled(hook: Callable[..., Any], *args: Any) -> Any:
+    """Runs a hook, but not in what is compiled: torch.compile can't trace it.
+
+    No output is missed for it: graphs take none that hooks collect.
+    """
+    return None if torch.compiler.is_compiling() else hook(*args)
+
+
+def _layers(found: Sequence[nn.Module]) -> tuple[list[nn.Module], list[nn.Module]]:
     """The decoder layers; what is to be compiled beside them, in the modules that have them."""
-    found = list(modules(model))
     layers = [module for module in found if isinstance(module, GradientCheckpointingLayer)]
     among = set(layers)
     parents = [

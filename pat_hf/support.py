@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -91,11 +91,19 @@ def has_hooks(module: nn.Module) -> bool:
         *module._forward_hooks.values(),
         *module._forward_pre_hooks.values(),
     ):
-        # Those of Transformers note hidden states, where asked for; ours are a prefill's.
+        # Ours are a prefill's.
         source = getattr(hook, "__module__", None) or ""
-        if source != "transformers.utils.output_capturing" and not source.startswith("pat_hf."):
+        if not (captures_outputs(hook) or source.startswith("pat_hf.")):
             return True
     return False
+
+
+def captures_outputs(hook: Callable[..., Any]) -> bool:
+    """Whether a hook is Transformers' own: it notes hidden states, say, where they are asked for.
+
+    They stay once they have been asked for.
+    """
+    return getattr(hook, "__module__", None) == "transformers.utils.output_capturing"
 
 
 def windowed(config: PretrainedConfig) -> bool:

@@ -36,6 +36,7 @@ class Rerun(graphs.Graph):
         whole = layers.compiled_layers(cache.model, held) if self._compiled else fused(cache.norms)
         with graphs.joined(self._products), self._frequencies.fixed(), whole:
             out = self._forward(**self._inputs | self._given | changed)
+        graphs._check_output(out, held)
         out.past_key_values = inputs["past_key_values"]
         return out
 

@@ -60,7 +60,9 @@ def generate(model, inputs, cache=None, **kwargs):
 
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - {"DeepSeek-V2", "DeepSeek-V3", "Gemma 3n"}))
 def test_layers_compile_whole_and_once(rerun, name):
-    stock, pat = pair.__wrapped__(name)  # Transformers' hooks, once they are there, can't be traced
+    stock, pat = pair.__wrapped__(name)
+    # Hooks stay that note hidden states, and can't be traced.
+    pat(**prompts(0), output_hidden_states=True)
     # Each kind of layer, the last norm and, where there are any, rotary embeddings of each kind.
     kinds = getattr(pat.config, "layer_types", None) or [0, 0]
     leaves = {"GPT-2": 1, "OPT": 1, "Gemma 3": 3, "GLM-4.5": 3}.get(name, 2)
@@ -310,9 +312,29 @@ def test_other_forwards_go_by_the_layers_as_they_are(rerun):
     assert all("forward" not in vars(layer) for layer in pat.model.layers)
 
 
+def test_hidden_states_are_noted_again_after_compiled_steps(rerun):
+    stock, pat = pair.__wrapped__("Llama")
+    kwargs = {"output_hidden_states": True, "return_dict_in_generate": True, "max_new_tokens": 4}
+    for states in (False, True, False, True):
+        cache = pat_hf.PATCache(pat, decode="compiled")
+        if states:
+            ours = generate(pat, prompts(0), cache, **kwargs).hidden_states
+            theirs = generate(stock, prompts(0), **kwargs).hidden_states
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        else:
+            assert torch.equal(generate(pat, prompts(0), cache), generate(stock, prompts(0)))
+            assert cache.decoding.startswith("compiled"), cache.decoding
+
+
+class Untraceable(nn.Identity):
+    def forward(self, x):
+        torch._dynamo.graph_break()
+        return x
+
+
 def test_what_does_not_compile_is_captured(rerun):
     stock, pat = pair.__wrapped__("Llama")
-    generate(pat, prompts(0), output_hidden_states=True, return_dict_in_generate=True)
+    pat.model.layers[0].mlp.act_fn = nn.Sequential(pat.model.layers[0].mlp.act_fn, Untraceable())
     cache = pat_hf.PATCache(pat, decode="compiled")
     assert torch.equal(generate(pat, prompts(0), cache), generate(stock, prompts(0)))
     assert cache.decoding.startswith("CUDA graph (compiled steps failed")

@@ -25,6 +25,7 @@ PROMPTS = batch([[5, 6, 7, 8, 9], [5, 6, 7, 10]])
 @pytest.fixture
 def taken(monkeypatch):
     """The weights of the norms that PyTorch computes."""
+    rms_norms(pair("Llama")[1])  # the example that tells its class is computed once a process
     weights, rms_norm = [], F.rms_norm
 
     def noted(x, shape, weight, eps):
