@@ -51,7 +51,9 @@ def families(tuned: Sequence[nn.Module], batch: int) -> list[Hashable]:
         if names is not None and len(names) != batch:
             raise ValueError(
                 f"adapter_names has {len(names)} names and the batch {batch} rows. Where "
-                "num_return_sequences makes rows, repeat the prompts and names yourself instead."
+                "num_return_sequences makes rows, repeat the prompts and names yourself instead. "
+                "If this call named none, PEFT still has hooks on the model from one that failed: "
+                "take these forward pre-hooks off the adapters' layers, or load the model anew."
             )
         known = {name: _state(layer, name) for name in set(names or [None])}
         states.append([known[name] for name in names or [None] * batch])

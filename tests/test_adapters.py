@@ -44,7 +44,7 @@ def adapted(model):
     return model.eval()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def models():
     return [adapted(model) for model in pair("Llama")]
 

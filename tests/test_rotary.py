@@ -135,8 +135,8 @@ def test_one_graph_serves_all_lengths(rerun, name):  # noqa: F811
     stock, pat = pair(name)
     cache = pat_hf.PATCache(pat, page_size=16, decode="captured")
     same(stock, pat, LONG, cache, max_new_tokens=15)  # pages move until there are enough
+    made = Rerun.made
     for inputs in (LONG, SHORT, MIXED):
-        made = Rerun.made
         same(stock, pat, inputs, cache, max_new_tokens=15)
     if "Phi-3" not in name:  # which begins anew in stock when it crosses its length
         same(stock, pat, SHORT, cache, max_new_tokens=30)
