@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -80,6 +81,13 @@ class PagePool:
     def bytes_per_token(self) -> int:
         """Bytes of one token's K and V in all layers seen so far."""
         return sum(tensor[0, :, 0].numel() * tensor.element_size() for tensor in self._tensors())
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the layers that are there or expected; `None` before there are any."""
+        held = (layer.keys.dtype for layer in self.layers.values())
+        expected = (dtype for _, dtype, _ in self._expected.values())
+        return next(itertools.chain(held, expected), None)
 
     def places(self, pages: Sequence[int], tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Where tokens of a node with these pages lie: page and slot of each, int64.

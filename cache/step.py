@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pat_hf.kernels.plan import Plan
+from pat_hf.kernels.plan import Plan, check_blocks
 
 
 class KVLength(int):
@@ -52,13 +52,17 @@ class Step:
             targets = torch.empty((2, batch * length), dtype=torch.int64, device=device)
         self._targets = {device: targets}
         self.columns, self.real, self.grown = 0, None, {}
-        self.asked = False  # whether the mask function was called
+        self.asked: set[bool] = set()  # what the mask function was called for, windows or none
         self.written: set[int] = set()  # layers that have stored their K and V
 
     @property
     def packed(self) -> bool:
         """Whether the forward is of tree nodes; it lengthens no request."""
         return self.columns == 0
+
+    def plan(self, windowed: bool) -> torch.Tensor:
+        """The plan of layers with windows, or without; models may ask for one that none has."""
+        return self.tensors[-windowed]
 
     def fits(self, plans: Sequence[Plan]) -> bool:
         """Whether there is room for these plans."""
@@ -84,8 +88,9 @@ class Step:
             grown: requests that the step lengthens, and by how many tokens.
         """
         self.columns, self.real, self.grown = columns, real, grown or {}
-        self.asked = False
+        self.asked = set()
         self.written = set()
+        self._shapes, self._heads = plans[0].tables.shapes, plans[0].heads
         for plan, tensor in zip(plans, self.tensors, strict=True):
             source = plan.elements(tensor.shape[2:])
             held = tensor.view(-1)[: len(source)]
@@ -94,6 +99,15 @@ class Step:
             source = staged(torch.from_numpy(np.stack([pages, slots])), targets.device)
             targets.copy_(source, non_blocking=True)
         return self
+
+    def check(self, keys: torch.Tensor) -> None:
+        """Makes sure that the step is planned for a layer that stores such keys.
+
+        Raises:
+            ValueError: if it isn't, see `check_blocks`.
+        """
+        heads = self._heads._replace(itemsize=keys.element_size())
+        check_blocks(self._shapes, heads, keys.device)
 
     def targets(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """Pages and slots, on a layer's device."""
@@ -108,7 +122,7 @@ class Step:
             Plan.positions(tensor).add_(1)
         for targets in self._targets.values():
             targets[1].add_(1)
-        self.asked = False
+        self.asked.clear()
         self.written.clear()
 
 

@@ -14,7 +14,6 @@ is wanted after the first product is loaded by the step itself.
 
 from __future__ import annotations
 
-import functools
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -24,7 +23,7 @@ import triton.language as tl
 
 from pat_hf.kernels import hopper
 from pat_hf.kernels.merge import merge_kernel
-from pat_hf.kernels.plan import COLUMNS, Heads, Machine, aligned, is_hopper
+from pat_hf.kernels.plan import COLUMNS, Heads, Machine, aligned, is_hopper, processors_of
 
 
 class Tile(NamedTuple):
@@ -399,6 +398,7 @@ def forward(
     kv_heads, page_size, value_dim = v_pages.shape[1:]
     group, rows, width = query_heads // kv_heads, batch * length, plan.shape[-1]
     q, row_stride = by_rows(q)
+    sinks = None if sinks is None else sinks.contiguous()
     k_pages, v_pages = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_pages, v_pages))
     out = q.new_empty(batch, length, query_heads, value_dim)
     partial = q.new_empty(width, query_heads, value_dim, dtype=torch.float32)
@@ -406,7 +406,7 @@ def forward(
     if not out.numel():
         return out
     heads = Heads(query_heads, kv_heads, key_dim, value_dim, q.element_size())
-    processors, major = _processors(q.device)
+    processors, major = processors_of(q.device)
     machine = Machine.gpu(processors, heads, major)
     shapes, chunk = machine.shapes, machine.chunk(page_size)
     pdl = q.is_cuda and major >= 9
@@ -438,7 +438,9 @@ def forward(
         options |= dict(
             **{f"s{name}_{d}": x.stride(i) for name, x in (("k", k_pages), ("v", v_pages))
                for i, d in enumerate("pht")},
-            BK=triton.next_power_of_2(key_dim), BV=triton.next_power_of_2(value_dim),
+            # A product takes 16 at least.
+            BK=max(triton.next_power_of_2(key_dim), 16),
+            BV=max(triton.next_power_of_2(value_dim), 16),
             CHUNK=chunk, USE_WINDOW=window is not None, IS_FLOAT32=q.dtype == torch.float32,
             USE_PDL=pdl,
         )  # fmt: skip
@@ -493,12 +495,3 @@ def _compile(launches: list[tuple], kind: tuple[object, ...]) -> None:
             ]
         list(pool.map(load, kernels))
     _compiled.add(kind)
-
-
-@functools.cache
-def _processors(device: torch.device) -> tuple[int, int]:
-    """Streaming multiprocessors and compute capability; for the interpreter, those to imitate."""
-    if device.type != "cuda":
-        return 2, 8
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.major

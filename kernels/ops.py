@@ -158,18 +158,6 @@ def _store(
         _put(v_pages, v, pages, slots)
 
 
-@_store.register_fake
-def _(
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    pages: torch.Tensor,
-    slots: torch.Tensor,
-) -> None:
-    return None
-
-
 def _put(held: torch.Tensor, new: torch.Tensor, pages: torch.Tensor, slots: torch.Tensor) -> None:
     held[pages, :, slots] = new.transpose(1, 2).flatten(0, 1)
 

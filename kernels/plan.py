@@ -113,7 +113,7 @@ class Machine:
 
     @staticmethod
     @functools.cache
-    def gpu(processors: int, heads: Heads, major: int = 9) -> Machine:
+    def gpu(processors: int, heads: Heads, major: int) -> Machine:
         """As many programs as the kernels have resident on `processors` multiprocessors.
 
         On Hopper, layers with windows have kernels of their own, and programs without a lane.
@@ -122,7 +122,7 @@ class Machine:
         Args:
             processors: streaming multiprocessors.
             heads: of the layers.
-            major: the GPU's compute capability.
+            major: the GPU's compute capability, see `processors_of`.
         """
         if is_hopper(heads, major):
             # A partial has a block to begin and end beside its bytes.
@@ -146,12 +146,22 @@ class Machine:
         """The machine behind a device, as layers of these heads use it."""
         if device.type != "cuda":
             return Machine.cpu()
-        properties = torch.cuda.get_device_properties(device)
-        return Machine.gpu(properties.multi_processor_count, heads, properties.major)
+        processors, major = processors_of(device)
+        return Machine.gpu(processors, heads, major)
 
     def chunk(self, page_size: int) -> int:
         """Tokens of a page that are addressed together."""
         return chunk_size([shape.tokens or page_size for shape in self.shapes], page_size)
+
+
+@functools.cache
+def processors_of(device: torch.device) -> tuple[int, int]:
+    """Streaming multiprocessors and compute capability of a GPU, 0 for AMD's; for the CPU, where
+    kernels are interpreted, those to imitate."""
+    if device.type != "cuda":
+        return 2, 8
+    properties = torch.cuda.get_device_properties(device)
+    return properties.multi_processor_count, 0 if torch.version.hip else properties.major
 
 
 def chunk_size(tokens: list[int], page_size: int) -> int:
@@ -164,7 +174,8 @@ def is_hopper(heads: Heads, major: int) -> bool:
     dims = heads.key_dim, heads.value_dim
     if major != 9 or heads.itemsize != 2 or heads.group > 128:
         return False
-    return max(dims) <= 128 and not any(dim % 8 for dim in dims)
+    # Queries are copied asynchronously, by heads' rows of whole 32 bytes, else Triton refuses.
+    return max(dims) <= 128 and heads.key_dim % 16 == 0 and heads.value_dim % 8 == 0
 
 
 class Tables(NamedTuple):
@@ -263,7 +274,7 @@ class Plan:
         Raises:
             ValueError: if the plan was made for another machine than the GPU it is sent to.
         """
-        self._check_machine(torch.device(device))
+        check_blocks(self.tables.shapes, self.heads, torch.device(device))
         height, width = self.shape
         elements = self.elements(self.shape)
         whole = torch.nn.functional.pad(elements, (0, height * width - len(elements)))
@@ -306,17 +317,6 @@ class Plan:
             offset += aligned(table.size)
         return torch.from_numpy(flat)
 
-    def _check_machine(self, device: torch.device) -> None:
-        if device.type != "cuda":
-            return  # cpu.py runs any plan
-        made = [tuple(shape) for shape in self.tables.shapes[:, :2].tolist()]
-        runs = [(shape.rows, shape.tokens) for shape in Machine.of(device, self.heads).shapes]
-        if made != runs:
-            raise ValueError(
-                f"This plan has blocks of (rows, tokens) {made}, and the kernels on {device} run "
-                f"{runs}. Make it for that machine, Machine.of(device, heads)."
-            )
-
     @staticmethod
     def read(tensor: torch.Tensor) -> Tables:
         """The tables in a plan tensor: views of it on the CPU, copies from another device."""
@@ -338,6 +338,28 @@ class Plan:
         node.
         """
         return tensor[0, 0, 1]
+
+
+def check_blocks(shapes: np.ndarray, heads: Heads, device: torch.device) -> None:
+    """Makes sure that a device's kernels for layers of `heads` run the blocks of a plan.
+
+    Args:
+        shapes: the plan's table.
+
+    Raises:
+        ValueError: if they run others, and would read the tables for what they are not.
+    """
+    if device.type != "cuda":
+        return  # cpu.py runs any plan
+    made = [tuple(shape) for shape in shapes[:, :2].tolist()]
+    runs = [(shape.rows, shape.tokens) for shape in Machine.of(device, heads).shapes]
+    if made != runs:
+        raise ValueError(
+            f"This plan has blocks of (rows, tokens) {made}, and the kernels on {device} for "
+            f"elements of {heads.itemsize} bytes run {runs}. Make it for that machine, "
+            "Machine.of(device, heads). The layers of a model need one dtype, which is "
+            "model.dtype or autocast's, and GPUs of one kind."
+        )
 
 
 def make_plan(

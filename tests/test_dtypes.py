@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 import pat_hf
+from pat_hf.cache import pat_cache, step
+from pat_hf.kernels import plan
 
 from .models import batch, pair
 from .test_generate import BATCHES, _forced, text
@@ -106,6 +108,40 @@ def test_autocast_for_one_call_only():
         pat.generate(**INPUTS, **kwargs)
     cache.reset()
     assert torch.equal(pat.generate(**INPUTS, **kwargs), expected)
+
+
+def test_plans_are_for_what_layers_store(monkeypatch):
+    planned = []
+
+    def make_plan(nodes, node, position, heads, *args):
+        planned.append(heads.itemsize)
+        return plan.make_plan(nodes, node, position, heads, *args)
+
+    monkeypatch.setattr(pat_cache, "make_plan", make_plan)
+    _, pat = pair("Llama")
+    kind = INPUTS["input_ids"].device.type
+    for dtype, size in ((torch.bfloat16, 2), (None, 4), (torch.float16, 2)):
+        cache = pat_hf.PATCache(pat)
+        with torch.autocast(kind, dtype, enabled=dtype is not None):
+            pat.generate(**INPUTS, past_key_values=cache, max_new_tokens=3)
+        assert cache.report().read_tokens  # outside of autocast
+        assert set(planned) == {size} and cache.pool.dtype.itemsize == size
+        planned.clear()
+
+
+def test_layers_that_a_plan_is_not_for_are_refused(monkeypatch):
+    """The kernels on Hopper have other tables for 16 bits than for 32."""
+    check = plan.check_blocks
+    monkeypatch.setattr(plan.Machine, "of", lambda device, heads: plan.Machine.gpu(132, heads, 9))
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(step, "check_blocks", lambda shapes, heads, _: check(shapes, heads, gpu))
+    for change in (embeddings, one_layer):
+        pat = change(copy.deepcopy(pair("Llama")[1]))
+        cache = pat_hf.PATCache(pat)
+        with pytest.raises(ValueError, match="elements of 2 bytes.*one dtype"):
+            pat.generate(**INPUTS, past_key_values=cache, max_new_tokens=3)
+    pat = copy.deepcopy(pair("Llama")[1]).bfloat16()
+    pat.generate(**INPUTS, past_key_values=pat_hf.PATCache(pat), max_new_tokens=3)
 
 
 def test_inference_mode_for_some_forwards_only():

@@ -18,7 +18,7 @@ from .trees import Case, cases, nodes_of, path_tokens, pools, room
 
 MACHINES = [
     Machine.cpu(),
-    Machine.gpu(132, Heads(8, 2, 128, 128, 2)),
+    Machine.gpu(132, Heads(8, 2, 128, 128, 2), 9),
     Machine.gpu(132, Heads(8, 2, 128, 128, 2), 8),
     Machine((Shape(1, 64, 1 << 30, 64, 1, 16), Shape(16, 32, 1 << 30, 64, 2, 16))),
     Machine((Shape(16, 0, 8, 16, 1, 16), Shape(64, 16, 8, 16, 1, 0))),

@@ -60,6 +60,8 @@ def test_tiles_divide_the_steps_that_plans_have(dtype, dim, major):
         ("fp16", 256, 32, False),
         ("fp32", 128, 32, False),
         ("fp16", 128, 128, True),
+        ("fp16", 120, 32, False),
+        ("fp16", 8, 32, False),
     ],
 )
 def test_shapes_fit_registers_and_shared_memory(capability, dtype, dim, page, features):
@@ -117,11 +119,12 @@ def _compile(tile, i, dtype, dim, capability, page=32, features=False, heads=8, 
         for side in ("sk", "sv")
         for name, stride in ((f"{side}_p", heads * page * dim), (f"{side}_h", page * dim))
     }
+    block = max(triton.next_power_of_2(dim), 16)
     constants = {
         **{"H": heads, "G": group, "K": dim, "V": dim, "P": page, **strides},
         **{"sk_t": dim, "sv_t": dim, "SHAPE": i, "ROWS": machine.shapes[i].rows},
         **{"LANES": 24, "COLUMNS": COLUMNS["chunks"], "CHUNK": machine.chunk(page)},
-        **{"BM": tile.m, "BN": tile.n, "BK": dim, "BV": dim, "STREAM_Q": tile.stream_q},
+        **{"BM": tile.m, "BN": tile.n, "BK": block, "BV": block, "STREAM_Q": tile.stream_q},
         **{"USE_WINDOW": features, "USE_SOFTCAP": features, "USE_SINKS": features},
         **{"IS_FLOAT32": dtype == "fp32", "USE_PDL": capability >= 90},
     }
@@ -135,7 +138,9 @@ def _compile(tile, i, dtype, dim, capability, page=32, features=False, heads=8, 
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(names)
-        if name not in constants and name not in ("qk_scale", "softcap", "window")
+        if name not in constants
+        and name not in ("qk_scale", "softcap", "window")
+        and (name not in ("sq_r", "sq_h") or dim % 16 == 0)
     }
     source = ASTSource(forward_kernel, signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": tile.warps, "num_stages": tile.stages}

@@ -23,7 +23,7 @@ from .trees import Case, cases, nodes_of, path_tokens, room
 HEADS = Heads(query=8, kv=2, key_dim=128, value_dim=128, itemsize=2)
 MACHINES = [
     Machine.cpu(),
-    Machine.gpu(132, HEADS),
+    Machine.gpu(132, HEADS, 9),
     Machine.gpu(132, HEADS, 8),
     Machine((Shape(1, 64, 1 << 30, 64, 1, 16), Shape(16, 32, 1 << 30, 64, 2, 16))),
     Machine((Shape(16, 0, 8, 16, 1, 16), Shape(64, 16, 8, 16, 1, 0)), half=8),
@@ -357,7 +357,7 @@ def test_a_plan_for_another_machine_is_not_sent_to_a_gpu(monkeypatch):
     nodes = nodes_of([0], [40], 16)
     heads = Heads(4, 2, 16, 16, 4)
     plan = make_plan(nodes, np.array([0]), np.array([39]), heads, 16, Machine.cpu())
-    monkeypatch.setattr(Machine, "of", staticmethod(lambda *_: Machine.gpu(132, heads)))
+    monkeypatch.setattr(Machine, "of", staticmethod(lambda *_: Machine.gpu(132, heads, 9)))
     with pytest.raises(ValueError, match="Machine.of"):
         plan.tensor("cuda")
     assert plan.tensor("cpu").device.type == "cpu"
