@@ -122,7 +122,6 @@ class PATCache(Cache):
         self.config = supported_config(model)
         self.dtype = model.dtype
         self._model = weakref.ref(unwrapped(model))
-        self.heads = heads_of(self.config, model.dtype)
         super().__init__(layers=[])
         self.prefill_tokens = prefill_tokens
         self.decode = decode
@@ -133,6 +132,7 @@ class PATCache(Cache):
         self._tuned: list[weakref.ref[nn.Module]] = []  # layers with adapters
         self.rotaries = rotary.scaled(self.model)  # their frequencies follow the batch's length
         self.own_loop = True  # forwards, if there are any, are not those of Transformers' loops
+        self.anew = False  # prompts that come whole are about to be numbered from their beginning
         self._begin_batch()
         self._count_from_zero()
 
@@ -190,7 +190,7 @@ class PATCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of a request, padding included: the length of `attention_mask` so far."""
-        return self._columns.length
+        return 0 if self.anew else self._columns.length
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: there is no maximum."""
@@ -247,7 +247,8 @@ class PATCache(Cache):
 
         Raises:
             RuntimeError: if the forward was not announced by the "pat" mask function.
-            ValueError: if heads, dims, dtype or device are not those of what is stored.
+            ValueError: if heads, dims, dtype or device are not those of what is stored, or not
+                such as the forward is planned for.
         """
         step = self.step
         if step is None or layer_idx in step.written or not step.asked:
@@ -262,6 +263,8 @@ class PATCache(Cache):
             # As it would for sdpa; rotary embeddings may have left K in float32.
             dtype = torch.get_autocast_dtype(kind)
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+        if layer_idx not in self.pool.layers:
+            step.check(key_states)
         layer = self.pool.write(
             layer_idx, key_states, value_states, *step.targets(key_states.device)
         )
@@ -489,7 +492,7 @@ class PATCache(Cache):
 
     def disarm(self) -> None:
         """The `generate()` is over: forwards are the model's own again."""
-        self.repeated, self.own_loop = False, True
+        self.repeated, self.own_loop, self.anew = False, True, False
         self.decoding, self._decoder = self._decoder and str(self._decoder), None
         self._settle()
         if self.step is not None and not self.step.written:
@@ -504,6 +507,7 @@ class PATCache(Cache):
         and neither `update` nor the mask function is told them. Of a forward that breaks off,
         nothing stays: some layers may have stored its tokens and others not.
         """
+        self.anew = False
         if self.repeated:
             kwargs = self._without_what_is_stored(kwargs)
         length, fed = self._columns.length, len(self._columns.fed)
@@ -574,7 +578,7 @@ class PATCache(Cache):
             and kwargs.get("position_ids") is not None
             and (mask is None or mask.ndim == 2)
         ):
-            self.begin(*ids.shape, mask, ids.device)
+            self._next_step(*ids.shape, mask, ids.device)
             out = decoder.step(self._workspace, forward, self, kwargs)
             if out is not None:
                 self._columns.advance(self.step.columns, self.step.real)
@@ -638,7 +642,7 @@ class PATCache(Cache):
                 "Call reset() on the cache, or make a new one."
             )
         if model.dtype != self.dtype:
-            self.dtype, self.heads = model.dtype, heads_of(self.config, model.dtype)
+            self.dtype = model.dtype
 
     def _refuse_checkpointing(self) -> None:
         if self.model.training and self.model.is_gradient_checkpointing:
@@ -695,9 +699,11 @@ class PATCache(Cache):
                 layers would leave the cache aside.
             PoolExhausted: if there is no page for the new tokens; the cache is as before.
         """
+        if (step := self.step) and windowed in step.asked and not (step.packed or step.written):
+            self._withdraw()  # of a forward that broke off before it stored anything
         step = self._next_step(batch, length, mask, device)
-        step.asked = True
-        return step.tensors[windowed]
+        step.asked.add(windowed)
+        return step.plan(windowed)
 
     def _next_step(
         self, batch: int, length: int, mask: torch.Tensor | None, device: torch.device
@@ -889,12 +895,19 @@ class PATCache(Cache):
                 np.int32,
             ),
         )
-        machine = Machine.of(device, self.heads)
+        heads = heads_of(self.config, self.pool.dtype or self._dtype_to_come())
+        machine = Machine.of(device, heads)
         windows = [None, self.config.sliding_window] if windowed(self.config) else [None]
         return [
-            make_plan(nodes, node, position, self.heads, size, machine, ahead, window)
+            make_plan(nodes, node, position, heads, size, machine, ahead, window)
             for window in windows
         ]
+
+    def _dtype_to_come(self) -> torch.dtype:
+        """What layers should be going to store."""
+        kind = self.model.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        return torch.get_autocast_dtype(kind) if autocast else self.model.dtype
 
     # What a user asks
 

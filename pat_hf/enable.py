@@ -100,9 +100,10 @@ def _generate(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
     generate = state.generate or MethodType(type(model).generate, model)
     # What `generate` itself would refuse together with a cache, or not use one for.
     given = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
-    config = given or model.generation_config
-    for name, default in (("use_cache", True), ("cache_implementation", None)):
-        if kwargs.get(name, getattr(config, name, None)) not in (default, None):
+    configs = given, model.generation_config
+    for name, usual in (("use_cache", True), ("cache_implementation", "hybrid")):  # i.e. any
+        asked = (kwargs.get(name), *(getattr(config, name, None) for config in configs))
+        if next((x for x in asked if x is not None), usual) != usual:
             return generate(*args, **kwargs)
     if kwargs.get("past_key_values") is None:
         kwargs["past_key_values"] = PATCache(model, **state.options)

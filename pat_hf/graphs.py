@@ -208,7 +208,7 @@ class Decoder:
                 cache.dtype,
                 cache.pool.page_size,
                 cache.pool.memory.moves,
-                tuple(tensor.data_ptr() for tensor in cache.step.tensors),
+                cache.step,
             )
             # One for a batch: what an older one was captured for is over.
             known, graph = workspace.graphs.pop(shape, (None, None))

@@ -91,9 +91,7 @@ def _prefill(
     _refuse(model_kwargs)
     steps = max(0, generation_config.max_length - input_ids.shape[1] - 1)
     cache.arm(Decoder(model, cache.decode, steps, not generation_config.disable_compile))
-    mask, embeds, positions = (
-        model_kwargs.get(x) for x in ("attention_mask", "inputs_embeds", "position_ids")
-    )
+    mask, embeds = (model_kwargs.get(x) for x in ("attention_mask", "inputs_embeds"))
     reason = _unshareable(model, cache, input_ids, model_kwargs)
     opaque = reason is not None  # tokens don't tell what is stored of them
     if reason is None and model_kwargs.get("output_hidden_states"):
@@ -105,12 +103,6 @@ def _prefill(
         out = prefill(model, cache, input_ids, mask, chunk, steps, embeds)
     else:  # for the requests that are stored, unless the prompts come whole
         if whole:
-            if cache.get_seq_length() and positions is not None and positions.ndim == 3:
-                raise ValueError(
-                    f"{type(model).__name__} numbers tokens by the images before them, and "
-                    "generate() has numbered these as if they came behind what this PATCache "
-                    "holds. Call clear() on the cache first, or make a new one."
-                )
             cache.share_nothing(reason, opaque)
         elif opaque:
             cache.opaque, cache.fallback = True, reason
@@ -181,6 +173,10 @@ def _generate(stock: Callable[..., Any], model: PreTrainedModel, *args: Any, **k
         )
     cache.check(model)
     cache.own_loop = kwargs.get("custom_generate") is not None
+    given = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+    ids, mask = next((x for x in given if x is not None), None), kwargs.get("attention_mask")
+    whole = ids is None or mask is None or mask.shape[1] <= ids.shape[1]
+    cache.anew = whole and not cache.own_loop
     try:
         with serving(model):
             return stock(model, *args, **kwargs)
@@ -198,7 +194,7 @@ def _is_supported(
 
 def _stops(config: GenerationConfig, criteria: StoppingCriteriaList) -> Sequence[int]:
     """Ids after which `generate()` makes nothing more of a request, unless its scores are kept."""
-    if config.output_scores or config.output_logits:
+    if config.output_scores or config.output_logits or config.output_hidden_states:
         return ()
     # A call's own criterion takes the place of the config's; one of a derived class may wait.
     return [i for x in criteria if type(x) is EosTokenCriteria for i in x.eos_token_id.tolist()]
@@ -265,7 +261,7 @@ def _unshareable(
     others = [
         name for name, x in model_kwargs.items() if name not in _PLAIN and not _says_nothing(x)
     ]
-    if others == ["mm_token_type_ids"] and not model_kwargs["mm_token_type_ids"].any():
+    if others in (["mm_token_type_ids"], ["token_type_ids"]) and not model_kwargs[others[0]].any():
         others = []  # text alone, as a processor says it
     if others:
         return f"{', '.join(others)} may make equal tokens differ"

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from pat_hf.cache.pat_cache import PATCache
 from pat_hf.cache.step import Step
 from pat_hf.layers import Pages
-from pat_hf.norms import fused, rms_norms
+from pat_hf.norms import fused
 from pat_hf.support import has_hooks, is_compiled, modules
 
 LEAST = 1024  # tokens that are to be spared: another plan takes the host milliseconds
@@ -71,7 +71,7 @@ def only_wanted(
             return None
         args, kwargs = tree_map(_until_stored, (args, kwargs))
         try:
-            with fused(rms_norms(layer)):
+            with fused(cache.norms):
                 type(layer).forward(layer, *args, **kwargs)
         except _Stored:
             shortened = True
@@ -134,7 +134,7 @@ def _of_rows(x: Any, rows: torch.Tensor, count: int, cache: PATCache, step: Step
         return x
     if x.dtype == torch.int32 and x.ndim == 4:  # the plan; of a window, if it is there twice
         windowed = x.shape[1] > 1
-        return step.tensors[windowed].expand(-1, 1 + windowed, -1, -1)
+        return step.plan(windowed).expand(-1, 1 + windowed, -1, -1)
     dim = -2 if x.is_floating_point() or x.is_complex() else -1
     if x.ndim < -dim or x.shape[dim] != count:
         raise _Unknown

@@ -68,7 +68,7 @@ class Pages(Cache):
     def begin(
         self, batch: int, length: int, mask: Any, device: torch.device, windowed: bool
     ) -> torch.Tensor:
-        return self._step.tensors[windowed]
+        return self._step.plan(windowed)
 
     def update(
         self,

@@ -84,6 +84,13 @@ MODELS = CORE | {
         use_sliding_window=True,
         max_window_layers=2,
     ),
+    "Qwen2-MoE": config(
+        "Qwen2Moe",
+        **_MOE,
+        num_experts=4,
+        moe_intermediate_size=32,
+        shared_expert_intermediate_size=32,
+    ),
     "Phi-MoE": config("Phimoe", **_MOE, **_WINDOW, num_local_experts=4),
     "Gemma": config("Gemma"),
     "Gemma 3": config("Gemma3Text", **_SOME, query_pre_attn_scalar=16),

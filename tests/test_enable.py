@@ -82,6 +82,19 @@ def test_a_cache_of_the_callers_own_is_respected():
     assert torch.equal(model.generate(ids, uncached), model.generate(ids, max_new_tokens=2))
 
 
+def test_what_the_models_own_config_asks_for():
+    """As `generate()` takes it: where the call's config says nothing, and "hybrid" for nothing."""
+    model = copy.deepcopy(pair("Llama")[0])
+    stock, dense = tokens_through(model)
+    with pat_hf.enabled(model):
+        model.generation_config.cache_implementation = "hybrid"
+        out, count = tokens_through(model)
+        assert torch.equal(out, stock) and count < dense
+        model.generation_config.use_cache = False
+        given = GenerationConfig(max_new_tokens=4, do_sample=False)
+        assert torch.equal(model.generate(**INPUTS, generation_config=given), stock)
+
+
 def test_a_copy_is_enabled_by_itself():
     model = copy.deepcopy(pair("Llama")[0])
     before = remains(model)

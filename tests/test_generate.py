@@ -782,3 +782,26 @@ def test_what_gave_hidden_states_is_shared_later():
     inputs = batch([text(30, 1) + text(5, 3)])
     assert torch.equal(generate(pat, inputs, cache), generate(stock, inputs))
     assert cache.report().found_tokens == 30
+
+
+def test_a_forward_that_failed_before_it_stored_anything_leaves_no_plan():
+    stock, pat = pair("Llama")
+    ids = torch.tensor([text(6, 1), text(6, 2)])
+    masks = torch.ones(2, 2, 6, dtype=torch.long)
+    masks[0, 0, 0] = masks[1, 1, :3] = 0
+
+    def forward(model, cache, mask):
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+        given = {"attention_mask": mask, "position_ids": position_ids, "past_key_values": cache}
+        return model(ids, **given).logits[mask.bool()]
+
+    def fail(*args):
+        raise RuntimeError("no memory")
+
+    cache = pat_hf.PATCache(pat)
+    hook = pat.model.layers[0].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        forward(pat, cache, masks[0])
+    hook.remove()
+    expected = forward(stock, DynamicCache(config=stock.config), masks[1])
+    torch.testing.assert_close(forward(pat, cache, masks[1]), expected, rtol=1e-4, atol=1e-4)

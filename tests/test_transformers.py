@@ -27,7 +27,7 @@ from transformers.modeling_layers import MtpModel
 
 import pat_hf
 
-from .models import batch, pair
+from .models import VOCABULARY, batch, pair
 from .test_generate import BATCHES, text
 
 INPUTS = batch(BATCHES["ragged"])
@@ -160,6 +160,18 @@ def test_everything_that_a_call_returns(kwargs):
         torch.testing.assert_close(ours.sequences_scores, theirs.sequences_scores, **CLOSE)
         sums = pat.compute_transition_scores(ours.sequences, ours.scores, indices).sum(1)
         torch.testing.assert_close(sums / 6, ours.sequences_scores, **CLOSE)
+
+
+def test_hidden_states_of_requests_that_have_ended():
+    kwargs = {"output_hidden_states": True, "eos_token_id": list(range(2, VOCABULARY, 3))}
+    kwargs |= {"pad_token_id": 0, "max_new_tokens": 12}
+    (stock, dense), (pat, cache) = both("Llama")
+    theirs, ours = generate(stock, dense, **kwargs), generate(pat, cache, **kwargs)
+    ends = (theirs.sequences[:, COLUMNS:] == 0).int().sum(1)
+    assert len(set(ends.tolist())) > 1  # at different steps
+    for mine, stocks in zip(ours.hidden_states[1:], theirs.hidden_states[1:], strict=True):
+        for a, b in zip(mine, stocks, strict=True):
+            torch.testing.assert_close(a, b, **CLOSE)
 
 
 def test_without_a_prompt():

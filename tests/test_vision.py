@@ -87,6 +87,8 @@ def inputs_of(name, image: bool):
         inputs["pixel_values"] = torch.randn(1, 3, 16, 16).repeat(4, 1, 1, 1)
         if name == "Gemma 3":
             inputs["token_type_ids"] = kinds
+    elif name == "Gemma 3":
+        inputs["token_type_ids"] = kinds
     if name == "PaliGemma" and image:
         inputs["token_type_ids"] = torch.zeros_like(kinds)
     return inputs
@@ -119,27 +121,40 @@ def test_images_are_exact_and_not_shared(name, kwargs):
     another = stock.generate(**other, **KWARGS, **kwargs)
     assert not torch.equal(another, expected)
     for given, out in ((inputs, expected), (other, another)):
-        if name == "Qwen2-VL":
-            cache.clear()
         ours = pat.generate(**given, past_key_values=cache, **KWARGS, **kwargs)
         assert torch.equal(ours, out)
         # Later versions of Transformers encode images before the prefill.
         assert "pixel_values" in cache.fallback or "mm_encoder_outputs" in cache.fallback
 
 
-@pytest.mark.parametrize("first", [True, False], ids=["images first", "text first"])
-def test_images_that_count_in_positions_need_an_empty_cache(first):
+@pytest.mark.parametrize("kwargs", [{}, {"prompt_lookup_num_tokens": 3}], ids=["greedy", "lookup"])
+def test_prompts_that_images_number_may_follow_any_others(kwargs):
     stock, pat = pair("Qwen2-VL")
-    cache = pat_hf.PATCache(pat)
-    turns = [inputs_of("Qwen2-VL", image=image) for image in (first, not first)]
-    pat.generate(**turns[0], past_key_values=cache, **KWARGS)
-    held = cache.tokens
-    with pytest.raises(ValueError, match="by the images before them.*clear"):
-        pat.generate(**turns[1], past_key_values=cache, **KWARGS)
-    assert cache.tokens == held
-    cache.clear()
-    ours = pat.generate(**turns[1], past_key_values=cache, **KWARGS)
-    assert torch.equal(ours, stock.generate(**turns[1], **KWARGS))
+    cache = pat_hf.PATCache(pat, keep_bytes=1 << 30)
+    for image in (True, True, False, True, False, False):
+        inputs = inputs_of("Qwen2-VL", image=image)
+        if kwargs:  # takes one prompt
+            padding = int((inputs["attention_mask"][0] == 0).sum())
+            inputs = {
+                name: x[: len(x) // 4] if name == "pixel_values" else x[:1]
+                for name, x in inputs.items()
+            }
+            for name in ("input_ids", "attention_mask", "mm_token_type_ids"):
+                inputs[name] = inputs[name][:, padding:]
+        expected = stock.generate(**inputs, **KWARGS, **kwargs)
+        ours = pat.generate(**inputs, past_key_values=cache, **KWARGS, **kwargs)
+        assert torch.equal(ours, expected)
+
+
+def test_batches_of_text_of_any_size_may_follow_each_other():
+    stock, pat = pair("Qwen2-VL")
+    cache = pat_hf.PATCache(pat, keep_bytes=1 << 30)
+    prompts = [SYSTEM + [1 + t % 90 for t in text(4, 70 + n)] for n in range(3)]
+    for size in (3, 2, 1, 3):
+        inputs = batch(prompts[:size])
+        expected = stock.generate(**inputs, **KWARGS)
+        assert torch.equal(pat.generate(**inputs, past_key_values=cache, **KWARGS), expected)
+    assert cache.prefilled == len({tuple(x[:n]) for x in prompts for n in range(1, 35)})
 
 
 @pytest.mark.parametrize("name", ["Gemma 3", "PaliGemma"])
