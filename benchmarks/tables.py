@@ -15,11 +15,11 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 IDEAS = {
     "packing": "packing: each request reads its own path",
-    "tiles": "tile shapes: all blocks are of the widest",
+    "tiles": "tile shapes: all blocks are as wide as the widest, where there are rows",
     "splitting": "splitting: no run of K and V is cut",
-    "search": "search: one plan is made, with wide blocks",
-    "turns": "turns: all steps of a wide block are for all of its rows",
-    "merge": "the merge kernel, i.e. its share of the time",
+    "search": "search (ours): one plan is made, with blocks of up to 128 rows",
+    "turns": "turns (ours): all steps of a wide block are for all of its rows",
+    "merge": "the merge kernel, its result missing: what it takes of the time",
 }
 SIZES = {"30 to 100 MB": (30, 100), "100 to 500 MB": (100, 500), "over 500 MB": (500, 1e9)}
 
@@ -59,7 +59,10 @@ def generate(results: dict) -> str:
     """Rows of benchmarks/generate.py, with the ratio to the stock dynamic cache of the same run."""
     head = ["workload", "batch", "cache", "first token", "each further", "tokens/s"]
     stock = {row["workload"]: row for row in results["rows"] if row["mode"] == "dynamic"}
-    cells = [head + ["prefill speed-up", "decode speed-up"] if stock else head]
+    peaks = all(row["peak_gb"] for row in results["rows"])
+    head += ["peak memory"] if peaks else []
+    head += ["prefill speed-up", "decode speed-up"] if stock else []
+    cells = [head]
     cells.append(["---"] * len(cells[0]))
     for row in results["rows"]:
         base = stock.get(row["workload"])
@@ -67,7 +70,9 @@ def generate(results: dict) -> str:
         name = ": ".join(dict.fromkeys((row["workload"], row["tree"])))
         line = [name, str(row["batch"]), row["mode"]]
         line += [f"{row['ttft_s']:.3g} s", f"{row['tpot_ms']:.4g} ms"]
-        line += [f"{row['decode_tokens_s']:,.0f}", *(ratios if stock else [])]
+        line += [f"{row['decode_tokens_s']:,.0f}"]
+        line += [f"{row['peak_gb']:.1f} GB"] if peaks else []
+        line += ratios if stock else []
         cells.append(line)
     threads = f", {results['threads']} threads" if results["threads"] else ""
     over = " Speed-ups are over `dynamic`, stock `generate()`." if stock else ""
@@ -84,9 +89,9 @@ def long(results: dict) -> str:
     """How much slower a token becomes as the answers grow."""
     (row,) = results["rows"]
     return (
-        f"Over {row['new_tokens']:,} new tokens of {row['workload']}, {row['mode']}, a token takes "
-        f"{row['early_ms']:.2f} ms between the 100th and the 200th, and {row['late_ms']:.2f} ms "
-        f"among the last 100; to read what was stored in between takes {row['grown_ms']:.2f} ms."
+        f"With {row['workload']} and {row['new_tokens']:,} new tokens ({row['mode']}), a step "
+        f"grows from {row['early_ms']:.2f} ms (100th to 200th token) to {row['late_ms']:.2f} ms "
+        f"(last 100). Reading the K and V added in between takes {row['grown_ms']:.2f} ms of that."
     )
 
 
@@ -106,9 +111,11 @@ def kernels(results: dict) -> str:
     worst = max(row["error"] / row["bound"] for row in results["rows"])
     return (
         f"The {len(results['rows'])} cases of PAT's kernel benchmark on one {results['machine']}: "
-        f"{results['method']}. The best peer of a case is the fastest of 13 published kernels, "
-        "PAT's own CUDA among them (`benchmarks/peers-h200.json`). The largest error is "
-        f"{worst:.0%} of what twice PyTorch's own in fp16 allows.\n\n" + "\n".join(lines)
+        f"{results['method']}. Roofline: {results['roofline']}. The best peer of a case is the "
+        "fastest of 13 variants of PAT's own CUDA, FlashInfer, FastTree, DeFT, Hydragen and "
+        "PyTorch's SDPA, measured apart with pages of 32 tokens (`benchmarks/peers-h200.json`). "
+        f"The largest error is {worst:.0%} of twice that of a plain fp16 computation in "
+        "PyTorch.\n\n" + "\n".join(lines)
     )
 
 

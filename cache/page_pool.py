@@ -6,6 +6,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -60,8 +61,8 @@ class PagePool:
         max_tokens: int | None = None,
         memory: Memory | None = None,
     ):
-        if page_size < 16 or page_size & (page_size - 1):
-            raise ValueError(f"page_size={page_size}: it must be a power of two from 16.")
+        if not isinstance(page_size, Integral) or page_size < 16 or page_size & (page_size - 1):
+            raise ValueError(f"page_size={page_size!r}: it must be a power of two from 16.")
         if max_tokens is not None and max_tokens < page_size:
             raise ValueError(f"max_tokens={max_tokens} is less than one page of {page_size}.")
         self.page_size = page_size

@@ -28,7 +28,7 @@ from pat_hf.cache.workspace import lease
 from pat_hf.kernels.ops import backend
 from pat_hf.kernels.plan import Machine, Nodes, Plan, make_plan
 from pat_hf.norms import fused, rms_norms
-from pat_hf.support import heads_of, supported_config, unwrapped, windowed
+from pat_hf.support import checkpoints, heads_of, supported_config, unwrapped, windowed
 
 if TYPE_CHECKING:
     from pat_hf.graphs import Decoder
@@ -38,7 +38,7 @@ logger = logging.get_logger(__name__)
 _MODES = ("auto", "eager", "captured", "compiled")
 _AHEAD = 512  # new tokens of a request that pages are reserved for; longer answers add to them
 # Arguments of a forward beside which ids and positions tell K and V.
-_TOLD = {
+TOLD = {
     "attention_mask",
     "input_ids",
     "logits_to_keep",
@@ -349,7 +349,13 @@ class PATCache(Cache):
         Raises:
             IndexError: if one isn't in the batch.
         """
-        self._select(np.arange(len(self.prefixes))[indices.cpu().numpy()].tolist())
+        batch, indices = len(self.prefixes), indices.cpu().numpy()
+        try:
+            self._select(np.arange(batch)[indices].tolist())
+        except IndexError:
+            raise IndexError(
+                f"Requests {indices.tolist()} were to be kept, and the batch has 0 to {batch - 1}."
+            ) from None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every request `repeats` times, by reference."""
@@ -439,7 +445,7 @@ class PATCache(Cache):
         """The model's layers with PEFT adapters."""
         return [layer for ref in self._tuned if (layer := ref()) is not None]
 
-    def share_nothing(self, reason: str, opaque: bool = True) -> None:
+    def share_nothing(self, reason: str, opaque: bool) -> None:
         """Forgets all requests, for new ones that are computed one by one.
 
         Args:
@@ -559,7 +565,7 @@ class PATCache(Cache):
         if self.step is None or not self.step.packed:
             self._columns.fed.append(ids)
             if not (self.known_loop or self.opaque or ids is None):
-                told = {name for name, x in kwargs.items() if x is not None} <= _TOLD
+                told = {name for name, x in kwargs.items() if x is not None} <= TOLD
                 positions = kwargs.get("position_ids")
                 self.opaque = not told or self._numbered_otherwise(ids, mask, positions)
             if self._tuned and self.families:
@@ -645,7 +651,7 @@ class PATCache(Cache):
             self.dtype = model.dtype
 
     def _refuse_checkpointing(self) -> None:
-        if self.model.training and self.model.is_gradient_checkpointing:
+        if checkpoints(self.model):
             raise ValueError(
                 "Gradient checkpointing takes the cache from the layers of a model in training "
                 "mode. Call model.eval(), or model.gradient_checkpointing_disable(), before."
@@ -751,14 +757,18 @@ class PATCache(Cache):
         self.step.advance()
         return self.step
 
-    def _settle(self) -> None:
-        """Clears away what a call left that was interrupted."""
+    def _mend(self) -> None:
+        """Empties what was interrupted in a change; a prefill may be under way, whose hooks ask."""
         if self._broken:
             logger.warning("pat_hf: a call was interrupted in a change, so the PATCache is empty.")
             pins = self.prefixes.pins
             self._empty()
             self.prefixes.pins = pins
-        elif self._missing:
+
+    def _settle(self) -> None:
+        """Clears away what a call left that was interrupted."""
+        self._mend()
+        if self._missing:
             self.discard()
 
     @_surgery
@@ -895,7 +905,7 @@ class PATCache(Cache):
                 np.int32,
             ),
         )
-        heads = heads_of(self.config, self.pool.dtype or self._dtype_to_come())
+        heads = heads_of(self.config, self.pool.dtype or self._dtype_to_come(device))
         machine = Machine.of(device, heads)
         windows = [None, self.config.sliding_window] if windowed(self.config) else [None]
         return [
@@ -903,11 +913,10 @@ class PATCache(Cache):
             for window in windows
         ]
 
-    def _dtype_to_come(self) -> torch.dtype:
+    def _dtype_to_come(self, device: torch.device) -> torch.dtype:
         """What layers should be going to store."""
-        kind = self.model.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        return torch.get_autocast_dtype(kind) if autocast else self.model.dtype
+        autocast = torch.is_autocast_enabled(device.type)
+        return torch.get_autocast_dtype(device.type) if autocast else self.model.dtype
 
     # What a user asks
 
@@ -923,8 +932,7 @@ class PATCache(Cache):
 
     def report(self) -> Report:
         """What sharing saved: tokens, bytes, traffic of a decode step, and the backend."""
-        if self._broken:  # else a prefill may be under way: a hook of the model's asks
-            self._settle()
+        self._mend()
         per_token = self.pool.bytes_per_token
         live, idle = self.prefixes.live(), self.prefixes.idle()
         read = 0
@@ -957,8 +965,7 @@ class PATCache(Cache):
 
     def tree(self) -> str:
         """The prefix tree, drawn for a terminal; alike leaves share a line."""
-        if self._broken:  # else a prefill may be under way: a hook of the model's asks
-            self._settle()
+        self._mend()
         return draw(self.prefixes)
 
     @property
@@ -1031,8 +1038,7 @@ class PATCache(Cache):
         self, input_ids: torch.Tensor | np.ndarray | Sequence[int]
     ) -> tuple[np.ndarray, Hashable]:
         tokens = token_ids(input_ids, "A prompt")
-        if self._broken:  # else a prefill may be under way: a hook of the model's asks
-            self._settle()
+        self._mend()
         self._find_adapters()
         return tokens, self._families(1)[0]
 
@@ -1064,28 +1070,45 @@ class PATCache(Cache):
             PoolExhausted: if `max_tokens` doesn't allow what the file holds.
         """
         cache = cls(model, **options)
-        archive.read(path, cache.prefixes, cache.pool, cache.model)
+        try:
+            archive.read(path, cache.prefixes, cache.pool, cache.model)
+        except PoolExhausted as error:
+            raise PoolExhausted(
+                f"{path} doesn't fit into max_tokens={options['max_tokens']}: {error} Give at "
+                f"least {(cache.pool.limit + error.missing) * cache.pool.page_size}.",
+                error.missing,
+            ) from None
         if cache.keep_bytes is None:
             cache.store.keep_bytes = cache.store.pages(cache.prefixes) * cache.store.page_bytes
         cache.store.trim()
         return cache
 
 
-def token_ids(given: torch.Tensor | np.ndarray | Sequence[int], what: str) -> np.ndarray:
+def token_ids(
+    given: torch.Tensor | np.ndarray | Sequence[int], what: str, vocabulary: int | None = None
+) -> np.ndarray:
     """Token ids of one text, int64 [any], at least one.
 
     Args:
         given: them.
         what: they are, for the error.
+        vocabulary: how many ids there are; `None`: any is one.
 
     Raises:
         ValueError: if they are anything else.
     """
+    if isinstance(given, str):
+        raise ValueError(f"{what} must be token ids, and the text {given!r} was given: encode it.")
     ids = np.asarray(given.cpu() if isinstance(given, torch.Tensor) else given)
     if ids.ndim != 1 or not len(ids) or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(
             f"{what} must be a list of one token id or more, and {ids.dtype} {list(ids.shape)} was "
             "given. Take a row of the tokenizer's output, without its padding: input_ids[0]; for a "
             "text of no tokens, the beginning-of-text token."
+        )
+    if vocabulary is not None and not 0 <= ids.min() <= ids.max() < vocabulary:
+        raise ValueError(
+            f"{what} has ids from {ids.min()} to {ids.max()}, and the model's are 0 to "
+            f"{vocabulary - 1}. Encode it with the model's own tokenizer."
         )
     return ids.astype(np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from numbers import Real
 from typing import TypeVar
 
 import numpy as np
@@ -32,8 +33,11 @@ class Store:
     def __init__(
         self, page_size: int, max_tokens: int | None, keep_bytes: int | None, memory: Memory
     ):
-        if keep_bytes is not None and keep_bytes < 0:
-            raise ValueError(f"keep_bytes={keep_bytes}: it must be 0 or more, or None.")
+        if keep_bytes is not None and not (isinstance(keep_bytes, Real) and keep_bytes >= 0):
+            raise ValueError(
+                f"keep_bytes={keep_bytes!r}: it must be a number of bytes, 2_000_000_000 say, or "
+                "None."
+            )
         self.keep_bytes = keep_bytes
         self.pool = PagePool(page_size, max_tokens, memory)
         self.tree = PrefixTree(self.pool)

@@ -424,7 +424,7 @@ def forward(
     )  # fmt: skip
     choice = ()
     if is_hopper(heads, major) and window is None:
-        k_pages, v_pages = hopper.by_rows(k_pages), hopper.by_rows(v_pages)
+        k_pages, v_pages = hopper.copyable(k_pages), hopper.copyable(v_pages)
         sources = [hopper.descriptor(x, chunk) for x in (k_pages, v_pages)]
         options |= dict(
             **hopper.pitches(k_pages, v_pages),

@@ -47,7 +47,7 @@ SUMS = gl.constexpr(
 )
 
 
-def by_rows(pages: torch.Tensor) -> torch.Tensor:
+def copyable(pages: torch.Tensor) -> torch.Tensor:
     """Pages that the copy engine can take for rows [any, dim], evenly apart; copied if need be."""
     dim = pages.shape[-1]
     even = pages.stride()[2:] == (dim, 1) and not any(step % dim for step in pages.stride()[:2])
@@ -57,7 +57,7 @@ def by_rows(pages: torch.Tensor) -> torch.Tensor:
 
 
 def descriptor(pages: torch.Tensor, chunk: int) -> TensorDescriptor:
-    """What the copy engine takes for pages [pages, KV heads, page size, dim], see `by_rows`.
+    """What the copy engine takes for pages [pages, KV heads, page size, dim], see `copyable`.
 
     Rows that are not there yet count, too: a pool may grow behind a captured graph.
     """
@@ -126,7 +126,7 @@ def _produce(
 
 
 @gluon.jit
-def _turns(count, steps, turn, GROUP: gl.constexpr):
+def _whose(count, steps, turn, GROUP: gl.constexpr):
     """Whose a block is: rows are halved, steps shared, or the group's whose turn it is."""
     wide = (count > 64).to(gl.int32)
     alone = (count <= 64) & (steps <= ALONE)
@@ -217,7 +217,7 @@ def _fetch(
             p_block = p_blocks + i_b * 5
             next_begin = gl.load(p_block + 3)
             next_row, next_end = gl.load(p_block + 5), gl.load(p_block + 6)
-            wide, alone, mine = _turns(count, (next_begin - begin) // CHUNKS, turn, GROUP)
+            wide, alone, mine = _whose(count, (next_begin - begin) // CHUNKS, turn, GROUP)
             turn += alone.to(gl.int32)
             if mine:
                 i_n = n % 2 * 2
@@ -606,7 +606,7 @@ def _consume(
             next_row, next_end = gl.load(p_block + 5), gl.load(p_block + 6)
             next_turns = gl.load(p_block + 9)
             steps = (next_begin - begin) // CHUNKS
-            wide, alone, mine = _turns(count, steps, turn, GROUP)
+            wide, alone, mine = _whose(count, steps, turn, GROUP)
             # Parities tell a step from the one before it only, so each group knows of all steps
             # before its own that they have come.
             if alone:

@@ -178,26 +178,32 @@ def _check(
     plan: torch.Tensor,
     sinks: torch.Tensor | None,
 ) -> None:
-    shapes = f"q {list(q.shape)}, k_pages {list(k_pages.shape)}, v_pages {list(v_pages.shape)}"
+    # Run for every layer and step: nothing is put into words before it has failed.
     if not q.ndim == k_pages.ndim == v_pages.ndim == 4:
-        raise ValueError(
-            f"{shapes}: expected q [B, query heads, T, key dim] and pages "
-            "[pages, KV heads, page size, dim]."
+        wrong = (
+            "expected q [B, query heads, T, key dim] and pages [pages, KV heads, page size, dim]."
         )
-    if k_pages.shape[:3] != v_pages.shape[:3]:
-        raise ValueError(
-            f"{shapes}: K and V must have the same pages, KV heads and page size. Allocate both "
-            "pools alike; only the last dimension may differ."
+    elif k_pages.shape[:3] != v_pages.shape[:3]:
+        wrong = (
+            "K and V must have the same pages, KV heads and page size. Allocate both pools alike; "
+            "only the last dimension may differ."
         )
-    if q.shape[3] != k_pages.shape[3]:
-        raise ValueError(
-            f"{shapes}: q has key dim {q.shape[3]} and the pool {k_pages.shape[3]}. Use a pool "
-            "made for this layer."
+    elif q.shape[3] != k_pages.shape[3]:
+        wrong = (
+            f"q has key dim {q.shape[3]} and the pool {k_pages.shape[3]}. Use a pool made for this "
+            "layer."
         )
-    if q.shape[1] % k_pages.shape[1]:
+    elif q.shape[1] % k_pages.shape[1]:
+        wrong = (
+            f"{q.shape[1]} query heads don't divide among {k_pages.shape[1]} KV heads; every KV "
+            "head needs as many."
+        )
+    else:
+        wrong = None
+    if wrong:
         raise ValueError(
-            f"{shapes}: {q.shape[1]} query heads don't divide among {k_pages.shape[1]} KV heads; "
-            "every KV head needs as many."
+            f"q {list(q.shape)}, k_pages {list(k_pages.shape)}, v_pages {list(v_pages.shape)}: "
+            f"{wrong}"
         )
     if not q.dtype == k_pages.dtype == v_pages.dtype:
         raise ValueError(
@@ -215,6 +221,7 @@ def _check(
         )
     if sinks is not None and sinks.shape != (q.shape[1],):
         raise ValueError(f"sinks {list(sinks.shape)}: one for each of {q.shape[1]} query heads.")
-    devices = {str(x.device) for x in (q, k_pages, v_pages, plan, sinks) if x is not None}
-    if len(devices) > 1:
-        raise ValueError(f"The arguments are on {', '.join(sorted(devices))}; move them to one.")
+    given = [x for x in (q, k_pages, v_pages, plan, sinks) if x is not None]
+    if any(x.device != q.device for x in given):
+        devices = sorted({str(x.device) for x in given})
+        raise ValueError(f"The arguments are on {', '.join(devices)}; move them to one.")

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from transformers import GenerationMixin, PreTrainedModel
 
 from pat_hf.cache.pat_cache import PATCache
+from pat_hf.support import unwrapped
 
 
 class _Enabled(NamedTuple):
@@ -32,9 +33,12 @@ def enable(model: PreTrainedModel, **options: Any) -> None:
         options: for `PATCache`; not `keep_bytes`.
 
     Raises:
+        TypeError: if `model` is not a Transformers model.
         ValueError: if the model's attention can't be taken over, or it is enabled with other
             options than are given; the model is as before.
     """
+    if not isinstance(unwrapped(model), PreTrainedModel):
+        raise TypeError(f"enable() takes a Transformers model, not a {type(model).__name__}.")
     if options.get("keep_bytes") is not None:
         raise ValueError(
             "keep_bytes: enable() makes a cache for each call, since weights may change between "

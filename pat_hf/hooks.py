@@ -15,24 +15,12 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import EosTokenCriteria, StoppingCriteriaList, utils
 
 from pat_hf import adapters, rotary
-from pat_hf.cache.pat_cache import PATCache
+from pat_hf.cache.pat_cache import TOLD, PATCache
 from pat_hf.graphs import Decoder
 from pat_hf.prefill import prefill
 
 _served: weakref.WeakKeyDictionary[PreTrainedModel, set[object]] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
-
-# What `_prefill` may be given beside the prompts without it mattering to their K and V.
-_PLAIN = {
-    "attention_mask",
-    "inputs_embeds",
-    "logits_to_keep",
-    "output_hidden_states",
-    "past_key_values",
-    "position_ids",
-    "use_cache",
-}
-_ALL_STATES = "output_hidden_states asks for the states of all prompt tokens"
 
 
 def install() -> None:
@@ -92,10 +80,7 @@ def _prefill(
     steps = max(0, generation_config.max_length - input_ids.shape[1] - 1)
     cache.arm(Decoder(model, cache.decode, steps, not generation_config.disable_compile))
     mask, embeds = (model_kwargs.get(x) for x in ("attention_mask", "inputs_embeds"))
-    reason = _unshareable(model, cache, input_ids, model_kwargs)
-    opaque = reason is not None  # tokens don't tell what is stored of them
-    if reason is None and model_kwargs.get("output_hidden_states"):
-        reason = _ALL_STATES
+    reason, opaque = _unshareable(model, cache, input_ids, model_kwargs)
     whole = embeds is not None or _whole(input_ids, mask, generation_config)
     if whole and reason is None:
         embeds = embeds if is_first_iteration else None
@@ -142,16 +127,15 @@ def _assisted_decoding(
         decoder = Decoder(model, "eager", steps)
         decoder.reason = "assisted decoding"
         cache.arm(decoder)
-        reason = _unshareable(model, cache, input_ids, inputs)
-        if reason is None and inputs.get("output_hidden_states"):
-            reason = _ALL_STATES
+        reason, opaque = _unshareable(model, cache, input_ids, inputs)
         if reason is None and inputs.get("inputs_embeds") is not None:
-            reason = "assisted decoding is fed embeddings with its first candidates"
+            reason, opaque = "assisted decoding is fed embeddings with its first candidates", True
         if reason is None and rotary.regime(cache.rotaries, config.max_length):
             reason = "its rotary frequencies follow the length of the batch, candidates included"
+            opaque = True
         ids, seen = input_ids[:, :-1], None if mask is None else mask[:, :-1]
         if reason is not None:
-            cache.share_nothing(reason)
+            cache.share_nothing(reason, opaque)
         elif ids.numel() and (seen is None or seen.any()):
             # The first step has no prefill before it. It is fed the whole prompt, which ends with
             # the one token that is not stored.
@@ -256,13 +240,26 @@ def _refuse(model_kwargs: dict[str, Any]) -> None:
 
 def _unshareable(
     model: PreTrainedModel, cache: PATCache, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
+) -> tuple[str | None, bool]:
+    """Why these prompts can't share, if so; and whether their tokens don't tell their K and V."""
+    if reason := _opaque(model, cache, input_ids, model_kwargs):
+        return reason, True
+    if model_kwargs.get("output_hidden_states"):
+        return "output_hidden_states asks for the states of all prompt tokens", False
+    return None, False
+
+
+def _opaque(
+    model: PreTrainedModel, cache: PATCache, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
 ) -> str | None:
-    """Why the tokens of these prompts don't tell their K and V, if so."""
+    plain = TOLD | {"inputs_embeds"}
     others = [
-        name for name, x in model_kwargs.items() if name not in _PLAIN and not _says_nothing(x)
+        name for name, x in model_kwargs.items() if name not in plain and not _says_nothing(x)
     ]
-    if others in (["mm_token_type_ids"], ["token_type_ids"]) and not model_kwargs[others[0]].any():
-        others = []  # text alone, as a processor says it
+    # Text alone, as a processor says it. Elsewhere, 0 is a type of tokens like any other.
+    kinds = "token_type_ids" if model.config.model_type == "gemma3" else "mm_token_type_ids"
+    if others == [kinds] and not model_kwargs[kinds].any():
+        others = []
     if others:
         return f"{', '.join(others)} may make equal tokens differ"
     given, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")

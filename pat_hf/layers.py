@@ -19,7 +19,7 @@ from pat_hf import rotary
 from pat_hf.cache.page_pool import PagePool
 from pat_hf.cache.step import KVLength, Step
 from pat_hf.kernels.ops import store
-from pat_hf.support import captures_outputs, modules
+from pat_hf.support import captures_outputs, is_compiled, modules
 
 capturing = threading.RLock()  # one at a time: what it sets up is the process's
 
@@ -216,7 +216,7 @@ def _layers(found: Sequence[nn.Module]) -> tuple[list[nn.Module], list[nn.Module
 
 def _as_it_is(leaf: nn.Module) -> bool:
     """Whether it is one kernel already, looks at the positions on the host, or is its user's."""
-    theirs = "forward" in vars(leaf) or leaf._compiled_call_impl is not None
+    theirs = "forward" in vars(leaf) or is_compiled(leaf)
     plain = isinstance(leaf, (nn.Embedding, nn.Linear, nn.Dropout))
     return theirs or plain or rotary.is_scaled(leaf)
 

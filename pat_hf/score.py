@@ -61,13 +61,14 @@ def loglikelihoods(
         Sums of log-probabilities, and whether each token is the most likely one; on the CPU.
 
     Raises:
-        ValueError: if the lists differ in length, or one of the pairs lacks tokens.
+        ValueError: if the lists differ in length, or one of the pairs lacks tokens, or has some
+            that the model doesn't know.
         PoolExhausted: if a single pair doesn't fit into the cache's `max_tokens`.
     """
-    pairs = _pairs(contexts, continuations)
     model = unwrapped(model)
     cache = PATCache(model) if cache is None else cache
     cache.check(model)
+    pairs = _pairs(contexts, continuations, cache.config.vocab_size)
     # Big-endian bytes sort as the ids do: what shares a prefix comes together.
     order = sorted(range(len(pairs)), key=lambda i: pairs[i].tokens.astype(">i8").tobytes())
     # A pair is scored with the rotary frequencies that it has alone; dynamic ones only grow.
@@ -83,7 +84,7 @@ def loglikelihoods(
     return scores
 
 
-def _pairs(contexts: Sequence, continuations: Sequence) -> list[_Pair]:
+def _pairs(contexts: Sequence, continuations: Sequence, vocabulary: int) -> list[_Pair]:
     if len(contexts) != len(continuations):
         raise ValueError(
             f"{len(contexts)} contexts and {len(continuations)} continuations: they are pairs. "
@@ -92,11 +93,9 @@ def _pairs(contexts: Sequence, continuations: Sequence) -> list[_Pair]:
     pairs = []
     for i, each in enumerate(zip(contexts, continuations, strict=True)):
         context, targets = (
-            token_ids(x, f"{name} {i}")
+            token_ids(x, f"{name} {i}", vocabulary)
             for x, name in zip(each, ("Context", "Continuation"), strict=True)
         )
-        if (targets < 0).any():
-            raise ValueError(f"Continuation {i} has the id {targets.min()}: no token has it.")
         pairs.append(_Pair(np.concatenate([context, targets[:-1]]), targets))
     return pairs
 

@@ -84,6 +84,11 @@ def is_compiled(module: nn.Module) -> bool:
     return module._compiled_call_impl is not None or hasattr(forward, "_torchdynamo_orig_callable")
 
 
+def checkpoints(model: PreTrainedModel) -> bool:
+    """Whether gradient checkpointing takes the cache from its layers, as in training mode."""
+    return model.training and any(vars(x).get("gradient_checkpointing") for x in modules(model))
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether its user has something run with its forwards, or with all modules'."""
     for hook in (

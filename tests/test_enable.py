@@ -95,6 +95,11 @@ def test_what_the_models_own_config_asks_for():
         assert torch.equal(model.generate(**INPUTS, generation_config=given), stock)
 
 
+def test_what_is_no_model():
+    with pytest.raises(TypeError, match="not a str"):
+        pat_hf.enable("facts-llama")
+
+
 def test_a_copy_is_enabled_by_itself():
     model = copy.deepcopy(pair("Llama")[0])
     before = remains(model)

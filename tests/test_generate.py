@@ -805,3 +805,16 @@ def test_a_forward_that_failed_before_it_stored_anything_leaves_no_plan():
     hook.remove()
     expected = forward(stock, DynamicCache(config=stock.config), masks[1])
     torch.testing.assert_close(forward(pat, cache, masks[1]), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_types_of_tokens_matter():
+    """GPT-2 has an embedding for each type, 0 included."""
+    stock, pat = pair("GPT-2")
+    cache = pat_hf.PATCache(pat, page_size=16)
+    inputs = batch(BATCHES["two-levels"])
+    inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+    expected = generate(stock, inputs)
+    assert torch.equal(generate(pat, inputs, cache), expected)
+    assert "token_type_ids" in cache.fallback
+    del inputs["token_type_ids"]
+    assert not torch.equal(generate(stock, inputs), expected)

@@ -18,7 +18,7 @@ def test_figures_are_those_of_the_results():
 
 def test_the_examples_run(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    first, enabled, store, scoring = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    first, turns, enabled, store, scoring = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names = {
         "name": str(ROOT / "examples" / "facts-llama"),
         "prompts": ["Question: Who?\nAnswer:", "Question: When was it?\nAnswer:"],
@@ -28,6 +28,10 @@ def test_the_examples_run(capsys, tmp_path, monkeypatch):
     exec(first, names)
     assert names["out"].shape[0] == 2
     assert "2 requests" in capsys.readouterr().out
+    cache = names["cache"]
+    prompted, prefilled = cache.prompted, cache.prefilled
+    exec(turns, names | {"questions": ["\nQuestion: Where?\nAnswer:", "\nQuestion: Why?\nAnswer:"]})
+    assert cache.prefilled - prefilled < (cache.prompted - prompted) / 2
     used = []
 
     class trainer:

@@ -388,9 +388,11 @@ def test_a_step_that_breaks_off_stores_nothing(layer):
     "kwargs",
     [
         {"page_size": 20},
+        {"page_size": "32"},
         {"max_tokens": 3},
         {"prefill_tokens": 0},
         {"keep_bytes": -1},
+        {"keep_bytes": "2GB"},
         {"decode": "fast"},
     ],
 )

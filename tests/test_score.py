@@ -133,8 +133,10 @@ def test_what_a_cache_holds_is_not_computed_again():
         ([[3], []], [[4], [5]], "Context 1 .*beginning-of-text"),
         ([[3], [4]], [[], [5]], "Continuation 0 "),
         ([[[3]]], [[5]], "Context 0 .*int64 .1, 1."),
-        (["text"], [[5]], "Context 0 .*<U4"),
         ([[3]], [[1.7, 2.2]], "Continuation 0 .*float64 .2."),
+        ([[3]], [[9, 97]], "Continuation 0 has ids from 9 to 97, .* 0 to 96"),
+        ([[3], [97]], [[4], [5]], "Context 1 has ids from 97"),
+        (["Who?"], [[5]], "Context 0 .*text 'Who[?]'"),
     ],
 )
 def test_pairs_that_make_no_sense(contexts, continuations, words):
