@@ -14,8 +14,9 @@ is wanted after the first product is loaded by the step itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -396,10 +397,10 @@ def forward(
     """See `pat_hf.kernels.ops.attention`; on a GPU, or on the CPU under Triton's interpreter."""
     batch, query_heads, length, key_dim = q.shape
     kv_heads, page_size, value_dim = v_pages.shape[1:]
-    group, rows, width = query_heads // kv_heads, batch * length, plan.shape[-1]
+    rows, width = batch * length, plan.shape[-1]
     q, row_stride = by_rows(q)
-    sinks = None if sinks is None else sinks.contiguous()
     k_pages, v_pages = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_pages, v_pages))
+    sinks = None if sinks is None else sinks.contiguous()
     out = q.new_empty(batch, length, query_heads, value_dim)
     partial = q.new_empty(width, query_heads, value_dim, dtype=torch.float32)
     lse = q.new_empty(width, query_heads, dtype=torch.float32)
@@ -407,78 +408,134 @@ def forward(
         return out
     heads = Heads(query_heads, kv_heads, key_dim, value_dim, q.element_size())
     processors, major = processors_of(q.device)
-    machine = Machine.gpu(processors, heads, major)
-    shapes, chunk = machine.shapes, machine.chunk(page_size)
     pdl = q.is_cuda and major >= 9
-    launches = []
-    arguments = (
-        plan, out, partial, lse, sinks,
-        scale if softcap is not None else scale * 1.4426950408889634,
-        softcap or 0.0, width,
+    call = _Call(
+        q, k_pages, v_pages, plan, out, partial, lse, sinks,
+        qk_scale=scale if softcap is not None else scale * 1.4426950408889634,
+        softcap=softcap or 0.0, width=width, strides=(row_stride, q.stride(1)),
     )  # fmt: skip
-    strides = row_stride, q.stride(1)
-    options = dict(
-        H=kv_heads, G=group, K=key_dim, V=value_dim, P=page_size,
-        COLUMNS=COLUMNS["chunks"], LANES=aligned(len(shapes) * COLUMNS["shapes"]),
+    machine = Machine.gpu(processors, heads, major)
+    constants = dict(
+        H=kv_heads, G=heads.group, K=key_dim, V=value_dim, P=page_size,
+        COLUMNS=COLUMNS["chunks"], LANES=aligned(len(machine.shapes) * COLUMNS["shapes"]),
         USE_SOFTCAP=softcap is not None, USE_SINKS=sinks is not None,
     )  # fmt: skip
-    choice = ()
     if is_hopper(heads, major) and window is None:
-        k_pages, v_pages = hopper.copyable(k_pages), hopper.copyable(v_pages)
-        sources = [hopper.descriptor(x, chunk) for x in (k_pages, v_pages)]
-        options |= dict(
-            **hopper.pitches(k_pages, v_pages),
-            BN=shapes[-1].tokens, STAGES=hopper.STAGES, num_warps=4,
-            maxnreg=hopper.REGISTERS[0], REGISTERS=hopper.REGISTERS[1],
-        )  # fmt: skip
-        sources = (q, *sources, *arguments, plan.numel(), *strides)
-        launches.append((hopper.hopper_kernel, (processors,), sources, options))
+        launches = [_of_hopper(call, machine, processors, constants)]
     else:
+        most = rows * heads.group
         choice = tiles(heads, major)
-        options |= dict(
-            **{f"s{name}_{d}": x.stride(i) for name, x in (("k", k_pages), ("v", v_pages))
-               for i, d in enumerate("pht")},
-            # A product takes 16 at least.
-            BK=max(triton.next_power_of_2(key_dim), 16),
-            BV=max(triton.next_power_of_2(value_dim), 16),
-            CHUNK=chunk, USE_WINDOW=window is not None, IS_FLOAT32=q.dtype == torch.float32,
-            USE_PDL=pdl,
-        )  # fmt: skip
+        launches = _of_tiles(call, machine, choice, processors, constants, window, most, pdl)
+    launches.append(_of_merge(call, rows, processors, pdl))
+    if q.is_cuda:
+        pages = (*k_pages.shape[1:], *k_pages.stride(), *v_pages.shape[1:], *v_pages.stride())
+        used = (window is None, softcap is None, sinks is None, row_stride % 16)
+        sizes = tuple(launch.options.get("BM") or launch.options.get("BH") for launch in launches)
+        _compile(launches, (q.device, q.dtype, query_heads, *pages, *used, *sizes))
+    for kernel, grid, arguments, options in launches:
+        kernel[grid](*arguments, **options)
+    return out
+
+
+class _Call(NamedTuple):
+    """What the kernels of one call share, see `forward_kernel`; strides of q's rows and heads."""
+
+    q: torch.Tensor
+    k_pages: torch.Tensor
+    v_pages: torch.Tensor
+    plan: torch.Tensor
+    out: torch.Tensor
+    partial: torch.Tensor
+    lse: torch.Tensor
+    sinks: torch.Tensor | None
+    qk_scale: float
+    softcap: float
+    width: int
+    strides: tuple[int, int]
+
+    @property
+    def behind_pages(self) -> tuple[Any, ...]:
+        """The arguments that follow q, K and V."""
+        return self[3:11]
+
+
+class _Launch(NamedTuple):
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]  # constants, and Triton's own
+
+
+def _of_hopper(
+    call: _Call, machine: Machine, processors: int, constants: dict[str, Any]
+) -> _Launch:
+    k_pages, v_pages = hopper.copyable(call.k_pages), hopper.copyable(call.v_pages)
+    chunk = machine.chunk(constants["P"])
+    sources = [hopper.descriptor(pages, chunk) for pages in (k_pages, v_pages)]
+    options = constants | dict(
+        **hopper.pitches(k_pages, v_pages),
+        BN=machine.shapes[-1].tokens, STAGES=hopper.STAGES, num_warps=4,
+        maxnreg=hopper.REGISTERS[0], REGISTERS=hopper.REGISTERS[1],
+    )  # fmt: skip
+    arguments = (call.q, *sources, *call.behind_pages, call.plan.numel(), *call.strides)
+    return _Launch(hopper.hopper_kernel, (processors,), arguments, options)
+
+
+def _of_tiles(
+    call: _Call,
+    machine: Machine,
+    choice: Sequence[Tile],
+    processors: int,
+    constants: dict[str, Any],
+    window: int | None,
+    most: int,
+    pdl: bool,
+) -> list[_Launch]:
+    """A launch for each shape, the widest first; `most` rows of a KV head's are there."""
+    constants = constants | dict(
+        **{f"s{name}_{d}": x.stride(i) for name, x in (("k", call.k_pages), ("v", call.v_pages))
+           for i, d in enumerate("pht")},
+        # A product takes 16 at least.
+        BK=max(triton.next_power_of_2(constants["K"]), 16),
+        BV=max(triton.next_power_of_2(constants["V"]), 16),
+        CHUNK=machine.chunk(constants["P"]), USE_WINDOW=window is not None,
+        IS_FLOAT32=call.q.dtype == torch.float32, USE_PDL=pdl,
+    )  # fmt: skip
+    arguments = (*call[:3], *call.behind_pages, *call.strides, window or 0)
+    launches = []
     for i, tile in reversed(list(enumerate(choice))):
         # No block has more rows than the batch.
-        if i and rows * group <= shapes[i - 1].rows:
+        if i and most <= machine.shapes[i - 1].rows:
             continue
-        own = dict(
-            SHAPE=i, ROWS=shapes[i].rows, BM=tile.m, BN=tile.n, STREAM_Q=tile.stream_q,
+        options = constants | dict(
+            SHAPE=i, ROWS=machine.shapes[i].rows, BM=tile.m, BN=tile.n, STREAM_Q=tile.stream_q,
             num_warps=tile.warps, num_stages=tile.stages,
             **({"launch_pdl": bool(launches)} if pdl else {}),
         )  # fmt: skip
-        sources = (q, k_pages, v_pages, *arguments, *strides, window or 0)
-        launches.append((forward_kernel, (processors * tile.per_sm,), sources, options | own))
+        grid = (processors * tile.per_sm,)
+        launches.append(_Launch(forward_kernel, grid, arguments, options))
+    return launches
+
+
+def _of_merge(call: _Call, rows: int, processors: int, pdl: bool) -> _Launch:
+    query_heads, value_dim = call.out.shape[2:]
     value_block = triton.next_power_of_2(value_dim)
     # Few rows are spread over the machine by heads.
     many = min(query_heads, max(1024 // value_block, 1), -(-rows * query_heads // (8 * processors)))
     many = triton.next_power_of_2(many)
     options = dict(
         HQ=query_heads, V=value_dim, BH=many, BV=value_block,
-        USE_SINKS=sinks is not None, USE_PDL=pdl, num_warps=max(many * value_block // 256, 1),
-        **({"launch_pdl": True} if pdl else {}),
+        USE_SINKS=call.sinks is not None, USE_PDL=pdl,
+        num_warps=max(many * value_block // 256, 1), **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
-    grid = (rows, triton.cdiv(query_heads, many))
-    launches.append((merge_kernel, grid, (plan, partial, lse, out, sinks), options))
-    if q.is_cuda:
-        layout = (*k_pages.shape[1:], *k_pages.stride(), *v_pages.shape[1:], *v_pages.stride())
-        used = (window is None, softcap is None, sinks is None, row_stride % 16, many)
-        _compile(launches, (q.device, q.dtype, query_heads, *choice, *layout, *used))
-    for kernel, grid, arguments, options in launches:
-        kernel[grid](*arguments, **options)
-    return out
+    arguments = call.plan, call.partial, call.lse, call.out, call.sinks
+    return _Launch(merge_kernel, (rows, triton.cdiv(query_heads, many)), arguments, options)
 
 
 _compiled: set[tuple[object, ...]] = set()
 
 
-def _compile(launches: list[tuple], kind: tuple[object, ...]) -> None:
+def _compile(launches: list[_Launch], kind: tuple[object, ...]) -> None:
     """Has the kernels of a new kind of call compiled and loaded side by side."""
     if kind in _compiled:
         return

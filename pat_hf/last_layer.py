@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +17,7 @@ from pat_hf.cache.pat_cache import PATCache
 from pat_hf.cache.step import Step
 from pat_hf.layers import Pages
 from pat_hf.norms import fused
-from pat_hf.support import has_hooks, is_compiled, modules
+from pat_hf.support import has_hooks, hooked, is_compiled, modules
 
 LEAST = 1024  # tokens that are to be spared: another plan takes the host milliseconds
 
@@ -53,16 +52,11 @@ def only_wanted(
     if layer is None:
         yield
         return
-    thread, announced, shortened = threading.get_ident(), cache.step, False
+    announced, shortened = cache.step, False
 
-    def elsewhere() -> bool:
-        # In another thread's forward; or later, should an interrupt have left the hooks.
-        return threading.get_ident() != thread or cache.step is not announced
-
-    # PyTorch may forget that a hook takes kwargs when another thread removes one of its own.
-    def before(layer: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple | None:
+    def before(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         nonlocal shortened
-        if elsewhere():
+        if cache.step is not announced:  # an interrupt has left the hooks
             return None
         step = make_step()
         try:
@@ -78,17 +72,14 @@ def only_wanted(
             return few
         return None
 
-    def after(layer: nn.Module, args: tuple, out: Any) -> Any:
-        if elsewhere() or not shortened:
+    def after(out: Any) -> Any:
+        if cache.step is not announced or not shortened:
             return None
         if torch.is_tensor(out):
             return _spread(out, rows, count)
         return (_spread(out[0], rows, count), *out[1:])
 
-    with (
-        layer.register_forward_pre_hook(before, with_kwargs=True),
-        layer.register_forward_hook(after),
-    ):
+    with hooked(layer, before, after):
         yield
 
 

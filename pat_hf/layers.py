@@ -174,7 +174,7 @@ def compiled_layers(model: PreTrainedModel, held: Pages, packed: bool = False) -
         ]
         try:
             for registered, number, hook in hooks:
-                registered[number] = functools.partial(_unless_compiled, hook)
+                registered[number] = _unless_compiled(hook)
             for number, layer in zip(numbers, layers, strict=True):
                 layer.forward = functools.partial(_run_layer, layer, held, number)
             for leaf in leaves:
@@ -190,12 +190,16 @@ def compiled_layers(model: PreTrainedModel, held: Pages, packed: bool = False) -
                 registered[number] = hook
 
 
-def _unless_compiled(hook: Callable[..., Any], *args: Any) -> Any:
-    """Runs a hook, but not in what is compiled: torch.compile can't trace it.
+def _unless_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook without what torch.compile can't trace, in what is compiled.
 
     No output is missed for it: graphs take none that hooks collect.
     """
-    return None if torch.compiler.is_compiling() else hook(*args)
+
+    def outside(*args: Any) -> Any:
+        return None if torch.compiler.is_compiling() else hook(*args)
+
+    return outside
 
 
 def _layers(found: Sequence[nn.Module]) -> tuple[list[nn.Module], list[nn.Module]]:

@@ -7,7 +7,6 @@ another length.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pat_hf.support import modules
+from pat_hf.support import hooked, modules
 
 
 def scaled(model: nn.Module) -> list[nn.Module]:
@@ -63,12 +62,8 @@ def regime(rotaries: Sequence[nn.Module], length: int, remembered: bool = True) 
 @contextmanager
 def of_length(rotaries: Sequence[nn.Module], length: int) -> Iterator[None]:
     """For its length, this thread's forwards compute as in a batch with `length` tokens at most."""
-    thread = threading.get_ident()
 
-    # PyTorch may forget that a hook takes kwargs when another thread removes one of its own.
-    def lengthen(module: nn.Module, args: tuple, kwargs: dict | None = None) -> tuple | None:
-        if threading.get_ident() != thread:
-            return None
+    def lengthen(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         given = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
         last = given.new_full((*given.shape[:-1], 1), length - 1)
         changed = torch.cat([given, last], -1)
@@ -76,18 +71,12 @@ def of_length(rotaries: Sequence[nn.Module], length: int) -> Iterator[None]:
             return args, kwargs | {"position_ids": changed}
         return (args[0], changed, *args[2:]), kwargs
 
-    def shorten(module: nn.Module, args: tuple, out: Any) -> Any:
-        if threading.get_ident() != thread:
-            return None
+    def shorten(out: Any) -> Any:
         return tuple(x[..., :-1, :] for x in out) if isinstance(out, tuple) else out[..., :-1, :]
 
     with ExitStack() as stack:
         for module in rotaries:
-            for handle in (
-                module.register_forward_pre_hook(lengthen, with_kwargs=True),
-                module.register_forward_hook(shorten),
-            ):
-                stack.callback(handle.remove)
+            stack.enter_context(hooked(module, lengthen, shorten))
         yield
 
 

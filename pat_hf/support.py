@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -102,6 +104,34 @@ def has_hooks(module: nn.Module) -> bool:
         if not (captures_outputs(hook) or source.startswith("pat_hf.")):
             return True
     return False
+
+
+@contextmanager
+def hooked(
+    module: nn.Module,
+    before: Callable[[tuple, dict[str, Any]], tuple[tuple, dict[str, Any]] | None],
+    after: Callable[[Any], Any],
+) -> Iterator[None]:
+    """For its length, changes what `module` is given and what it gives in this thread.
+
+    Args:
+        before: takes its arguments; gives others, or `None`.
+        after: takes its output; gives another, or `None`.
+    """
+    thread = threading.get_ident()
+
+    # PyTorch may forget that a hook takes kwargs when another thread removes one of its own.
+    def on_entry(module: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None) -> Any:
+        return before(args, kwargs) if threading.get_ident() == thread else None
+
+    def on_exit(module: nn.Module, args: tuple, out: Any) -> Any:
+        return after(out) if threading.get_ident() == thread else None
+
+    with (
+        module.register_forward_pre_hook(on_entry, with_kwargs=True),
+        module.register_forward_hook(on_exit),
+    ):
+        yield
 
 
 def captures_outputs(hook: Callable[..., Any]) -> bool:
