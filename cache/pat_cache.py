@@ -26,7 +26,7 @@ from pat_hf.cache.step import KVLength, Step
 from pat_hf.cache.store import Store
 from pat_hf.cache.workspace import lease
 from pat_hf.kernels.ops import backend
-from pat_hf.kernels.plan import Machine, Nodes, Plan, make_plan
+from pat_hf.kernels.plan import Machine, Nodes, OtherBlocks, Plan, make_plan
 from pat_hf.norms import fused, rms_norms
 from pat_hf.support import checkpoints, heads_of, supported_config, unwrapped, windowed
 
@@ -97,7 +97,7 @@ class PATCache(Cache):
         max_tokens: limit of stored tokens, whole pages counted; `None` for the memory's own.
         prefill_tokens: prompt tokens that go through the model at a time.
         decode: how `generate()` runs decode steps on a GPU: "captured" as a CUDA graph at once,
-            "compiled" by torch.compile before that (20 to 30 s, 4 for another batch size),
+            "compiled" by torch.compile before that (about 30 s, 4 to 6 for another batch size),
             "eager", or "auto": by the steps ahead. The report says what was chosen.
 
     Raises:
@@ -129,6 +129,7 @@ class PATCache(Cache):
         self.store = Store(page_size, max_tokens, keep_bytes, self._workspace.memory)
         self._decoder: Decoder | None = None
         self._broken = False  # a change was broken off
+        self._stored_in: torch.dtype | None = None  # by layers, where plans had guessed another
         self._tuned: list[weakref.ref[nn.Module]] = []  # layers with adapters
         self.rotaries = rotary.scaled(self.model)  # their frequencies follow the batch's length
         self.own_loop = True  # forwards, if there are any, are not those of Transformers' loops
@@ -150,6 +151,7 @@ class PATCache(Cache):
         self.repeated = False  # the next forward begins with what is stored
         self._columns = Columns(np.ones((0, 0), bool))
         self.step: Step | None = None
+        self._announced: Callable[[], Step] | None = None  # makes the step of a packed forward
         self._missing: list[Node] = []  # nodes that have pages, but no K and V yet
         self._room = 0  # steps until an open leaf needs a page
         self._norms: list[nn.Module] | None = None
@@ -264,7 +266,7 @@ class PATCache(Cache):
             dtype = torch.get_autocast_dtype(kind)
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if layer_idx not in self.pool.layers:
-            step.check(key_states)
+            self._check_planned(step, key_states)
         layer = self.pool.write(
             layer_idx, key_states, value_states, *step.targets(key_states.device)
         )
@@ -377,7 +379,7 @@ class PATCache(Cache):
         twin._workspace = lease(self.model, twin)
         twin.store = self.store.copy(twin._workspace.memory)
         twin._columns = self._columns.copy()
-        twin.step, twin._decoder, twin.own_loop = None, None, True
+        twin.step, twin._decoder, twin.own_loop, twin.anew = None, None, True, False
         return twin
 
     # What the forward asks
@@ -591,7 +593,15 @@ class PATCache(Cache):
                 self.step.written.update(self.pool.layers)
                 return out
         with fused(self.norms):
-            return forward(*args, **kwargs)
+            try:
+                return forward(*args, **kwargs)
+            except OtherBlocks:
+                if self.pool.layers:
+                    raise
+                # The forward has an autocast of its own, say: it is planned anew.
+                if self.step is not None:
+                    self.step = self._announced()
+                return forward(*args, **kwargs)
 
     @_surgery
     def _label(self) -> None:
@@ -621,9 +631,10 @@ class PATCache(Cache):
             )
         return model
 
-    def announce(self, step: Step | None) -> None:
-        """Says what the next forward is; `None` withdraws it."""
-        self.step = step
+    def announce(self, make: Callable[[], Step] | None) -> None:
+        """Says what the next forward is; `None` withdraws it. It may have to be planned twice."""
+        self._announced = make
+        self.step = make and make()
 
     def check(self, model: PreTrainedModel) -> None:
         """Makes sure that this cache is for `model`.
@@ -705,8 +716,11 @@ class PATCache(Cache):
                 layers would leave the cache aside.
             PoolExhausted: if there is no page for the new tokens; the cache is as before.
         """
-        if (step := self.step) and windowed in step.asked and not (step.packed or step.written):
-            self._withdraw()  # of a forward that broke off before it stored anything
+        step = self.step
+        if step is not None and windowed in step.asked and not (step.packed or step.written):
+            # Asked again by the same model, or behind a forward that broke off.
+            if step.shape == (batch, length) and not self._is_for(step, mask):
+                self._withdraw()
         step = self._next_step(batch, length, mask, device)
         step.asked.add(windowed)
         return step.plan(windowed)
@@ -743,6 +757,17 @@ class PATCache(Cache):
             self._columns.find_ends()
         new = np.ones((batch, length), bool) if mask is None else self._added(mask)
         return self._plan_growth(new, device)
+
+    def _is_for(self, step: Step, mask: torch.Tensor | None) -> bool:
+        """Whether a forward with this mask stores what `step` does."""
+        if mask is None:
+            return step.real is None
+        if tuple(mask.shape) != (len(mask), self._columns.length + step.columns):
+            return False  # and refused then
+        new = self._added(mask)
+        if step.real is None:
+            return bool(new.all())
+        return np.array_equal(new & self._columns.alive[:, None], step.real)
 
     def _added(self, mask: torch.Tensor) -> np.ndarray:
         """The mask's new columns, the others being as they were."""
@@ -905,7 +930,7 @@ class PATCache(Cache):
                 np.int32,
             ),
         )
-        heads = heads_of(self.config, self.pool.dtype or self._dtype_to_come(device))
+        heads = heads_of(self.config, self._layers_dtype(device))
         machine = Machine.of(device, heads)
         windows = [None, self.config.sliding_window] if windowed(self.config) else [None]
         return [
@@ -913,10 +938,24 @@ class PATCache(Cache):
             for window in windows
         ]
 
-    def _dtype_to_come(self, device: torch.device) -> torch.dtype:
-        """What layers should be going to store."""
-        autocast = torch.is_autocast_enabled(device.type)
-        return torch.get_autocast_dtype(device.type) if autocast else self.model.dtype
+    def _layers_dtype(self, device: torch.device) -> torch.dtype:
+        """What layers store; a guess, before they have stored anything."""
+        if self.pool.dtype is not None:
+            return self.pool.dtype
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return self._stored_in or self.model.dtype
+
+    def _check_planned(self, step: Step, keys: torch.Tensor) -> None:
+        """Makes sure that a step is planned for a layer that stores such keys, its first ones."""
+        try:
+            step.check(keys)
+        except OtherBlocks:
+            if not self.pool.layers:
+                self._stored_in = keys.dtype
+            if not step.packed:
+                self._withdraw()
+            raise
 
     # What a user asks
 

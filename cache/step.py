@@ -104,7 +104,7 @@ class Step:
         """Makes sure that the step is planned for a layer that stores such keys.
 
         Raises:
-            ValueError: if it isn't, see `check_blocks`.
+            OtherBlocks: if it isn't.
         """
         heads = self._heads._replace(itemsize=keys.element_size())
         check_blocks(self._shapes, heads, keys.device)

@@ -430,6 +430,7 @@ def forward(
     if q.is_cuda:
         pages = (*k_pages.shape[1:], *k_pages.stride(), *v_pages.shape[1:], *v_pages.stride())
         used = (window is None, softcap is None, sinks is None, row_stride % 16)
+        # Which shapes are launched, and the merge's width.
         sizes = tuple(launch.options.get("BM") or launch.options.get("BH") for launch in launches)
         _compile(launches, (q.device, q.dtype, query_heads, *pages, *used, *sizes))
     for kernel, grid, arguments, options in launches:
@@ -456,7 +457,8 @@ class _Call(NamedTuple):
     @property
     def behind_pages(self) -> tuple[Any, ...]:
         """The arguments that follow q, K and V."""
-        return self[3:11]
+        outputs = self.out, self.partial, self.lse
+        return self.plan, *outputs, self.sinks, self.qk_scale, self.softcap, self.width
 
 
 class _Launch(NamedTuple):
@@ -501,7 +503,8 @@ def _of_tiles(
         CHUNK=machine.chunk(constants["P"]), USE_WINDOW=window is not None,
         IS_FLOAT32=call.q.dtype == torch.float32, USE_PDL=pdl,
     )  # fmt: skip
-    arguments = (*call[:3], *call.behind_pages, *call.strides, window or 0)
+    pages = call.k_pages, call.v_pages
+    arguments = (call.q, *pages, *call.behind_pages, *call.strides, window or 0)
     launches = []
     for i, tile in reversed(list(enumerate(choice))):
         # No block has more rows than the batch.

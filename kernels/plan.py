@@ -340,6 +340,10 @@ class Plan:
         return tensor[0, 0, 1]
 
 
+class OtherBlocks(ValueError):
+    """A plan is cut for other kernels than are to run it."""
+
+
 def check_blocks(shapes: np.ndarray, heads: Heads, device: torch.device) -> None:
     """Makes sure that a device's kernels for layers of `heads` run the blocks of a plan.
 
@@ -347,14 +351,14 @@ def check_blocks(shapes: np.ndarray, heads: Heads, device: torch.device) -> None
         shapes: the plan's table.
 
     Raises:
-        ValueError: if they run others, and would read the tables for what they are not.
+        OtherBlocks: if they run others, and would read the tables for what they are not.
     """
     if device.type != "cuda":
         return  # cpu.py runs any plan
     made = [tuple(shape) for shape in shapes[:, :2].tolist()]
     runs = [(shape.rows, shape.tokens) for shape in Machine.of(device, heads).shapes]
     if made != runs:
-        raise ValueError(
+        raise OtherBlocks(
             f"This plan has blocks of (rows, tokens) {made}, and the kernels on {device} for "
             f"elements of {heads.itemsize} bytes run {runs}. Make it for that machine, "
             "Machine.of(device, heads). The layers of a model need one dtype, which is "

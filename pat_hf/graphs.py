@@ -25,7 +25,7 @@ from pat_hf.support import has_hooks, modules
 logger = logging.get_logger(__name__)
 
 Forward = Callable[..., ModelOutput]
-# Steps that about win back what a mode costs to begin with: 0.1 s, and 20 s.
+# Steps that about win back what a mode costs to begin with: 0.1 s or more, and 30 s.
 _CAPTURE, _COMPILE = 4, 8192
 _INPUTS = {"input_ids", "position_ids", "attention_mask", "past_key_values"}
 
@@ -196,7 +196,9 @@ class Decoder:
     ) -> ModelOutput | None:
         """The step's output; `None` if it can't be captured."""
         constants = {name: x for name, x in inputs.items() if name not in _INPUTS and x is not None}
-        if not all(isinstance(x, (bool, int, float, str)) for x in constants.values()):
+        others = [k for k, x in constants.items() if not isinstance(x, (bool, int, float, str))]
+        if others:
+            self.mode, self.reason = "eager", f"steps are given {', '.join(others)}"
             return None
         shape, regime = inputs["input_ids"].shape, self._regime(cache, inputs["position_ids"])
         while self.mode != "eager":

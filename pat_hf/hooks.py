@@ -88,6 +88,13 @@ def _prefill(
         out = prefill(model, cache, input_ids, mask, chunk, steps, embeds)
     else:  # for the requests that are stored, unless the prompts come whole
         if whole:
+            positions = model_kwargs.get("position_ids")
+            if cache.get_seq_length() and positions is not None and positions.ndim == 3:
+                raise ValueError(
+                    f"{type(model).__name__} numbers tokens by the images before them, and a loop "
+                    "of one's own numbers these as if they came behind what this PATCache holds. "
+                    "Call clear() on the cache first, or make a new one."
+                )
             cache.share_nothing(reason, opaque)
         elif opaque:
             cache.opaque, cache.fallback = True, reason
@@ -156,6 +163,10 @@ def _generate(stock: Callable[..., Any], model: PreTrainedModel, *args: Any, **k
             "PATCache. Leave one of them out."
         )
     cache.check(model)
+    # Text alone, as a processor says it. Elsewhere, 0 is a type of tokens like any other.
+    kinds = "token_type_ids" if "gemma3" in model.config.model_type else "mm_token_type_ids"
+    if not model.training and torch.is_tensor(kwargs.get(kinds)) and not kwargs[kinds].any():
+        kwargs = {name: x for name, x in kwargs.items() if name != kinds}
     cache.own_loop = kwargs.get("custom_generate") is not None
     given = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
     ids, mask = next((x for x in given if x is not None), None), kwargs.get("attention_mask")
@@ -256,10 +267,6 @@ def _opaque(
     others = [
         name for name, x in model_kwargs.items() if name not in plain and not _says_nothing(x)
     ]
-    # Text alone, as a processor says it. Elsewhere, 0 is a type of tokens like any other.
-    kinds = "token_type_ids" if model.config.model_type == "gemma3" else "mm_token_type_ids"
-    if others == [kinds] and not model_kwargs[kinds].any():
-        others = []
     if others:
         return f"{', '.join(others)} may make equal tokens differ"
     given, mask = model_kwargs.get("position_ids"), model_kwargs.get("attention_mask")

@@ -111,7 +111,7 @@ def packed(
                 stop = min(stop, int(ends[done + most]))
             token, position, *_ = these = rows[:, first:stop]
             step_of = functools.partial(_step, cache, order, device, these)
-            cache.announce(step_of())
+            cache.announce(step_of)
             here = ends[done : np.searchsorted(ends, stop)] - first
             inputs = {"position_ids": _moved(position, device)[None]}
             if feed is None:

@@ -818,3 +818,23 @@ def test_types_of_tokens_matter():
     assert "token_type_ids" in cache.fallback
     del inputs["token_type_ids"]
     assert not torch.equal(generate(stock, inputs), expected)
+
+
+def test_a_model_may_ask_for_a_mask_twice(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    create = modeling_llama.create_causal_mask
+
+    def twice(*args, **kwargs):
+        mask = create(*args, **kwargs)
+        create(*args, **kwargs)
+        return mask
+
+    stock, pat = pair("Llama")
+    inputs = batch(BATCHES["ragged"])
+    expected = generate(stock, inputs)
+    monkeypatch.setattr(modeling_llama, "create_causal_mask", twice)
+    assert torch.equal(generate(pat, inputs, pat_hf.PATCache(pat, page_size=16)), expected)
+    cache = pat_hf.PATCache(pat, page_size=16)
+    states = {"output_hidden_states": True, "return_dict_in_generate": True}
+    assert torch.equal(generate(pat, inputs, cache, **states).sequences, expected)

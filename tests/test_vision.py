@@ -17,6 +17,7 @@ from transformers import (
 import pat_hf
 
 from .models import MODELS, batch
+from .rerun import Rerun, as_on_a_gpu
 from .test_generate import text
 
 IMAGE, START, END = 96, 95, 94
@@ -144,6 +145,41 @@ def test_prompts_that_images_number_may_follow_any_others(kwargs):
         expected = stock.generate(**inputs, **KWARGS, **kwargs)
         ours = pat.generate(**inputs, past_key_values=cache, **KWARGS, **kwargs)
         assert torch.equal(ours, expected)
+
+
+def test_a_loop_of_ones_own_numbers_such_prompts_itself():
+    stock, pat = pair("Qwen2-VL")
+    cache, inputs = pat_hf.PATCache(pat), inputs_of("Qwen2-VL", image=True)
+    kwargs = KWARGS | {"custom_generate": lambda model, ids, **given: model._sample(ids, **given)}
+    expected = stock.generate(**inputs, **KWARGS)
+    assert torch.equal(pat.generate(**inputs, past_key_values=cache, **kwargs), expected)
+    with pytest.raises(ValueError, match="by the images before them.*clear"):
+        pat.generate(**inputs, past_key_values=cache, **kwargs)
+    cache.clear()
+    assert torch.equal(pat.generate(**inputs, past_key_values=cache, **kwargs), expected)
+
+
+@pytest.mark.parametrize("name", ["Qwen2-VL", "Gemma 3"])
+@pytest.mark.parametrize(
+    "kwargs", [{"output_hidden_states": True}, {"prompt_lookup_num_tokens": 3}]
+)
+def test_text_as_a_processor_gives_it_goes_through_all_modes(name, kwargs):
+    stock, pat = pair(name)
+    inputs = {key: x[1:2] for key, x in inputs_of(name, image=False).items()}  # without padding
+    ours = pat.generate(**inputs, past_key_values=pat_hf.PATCache(pat), **KWARGS, **kwargs)
+    assert torch.equal(ours, stock.generate(**inputs, **KWARGS, **kwargs))
+
+
+@pytest.mark.parametrize("image, made", [(False, 1), (True, 0)])
+def test_steps_that_are_captured(image, made, monkeypatch):
+    as_on_a_gpu(monkeypatch)
+    stock, pat = pair("Qwen2-VL")
+    inputs = inputs_of("Qwen2-VL", image=image)
+    cache = pat_hf.PATCache(pat, decode="captured")
+    ours = pat.generate(**inputs, past_key_values=cache, **KWARGS)
+    assert torch.equal(ours, stock.generate(**inputs, **KWARGS))
+    assert Rerun.made == made
+    assert cache.decoding.startswith("CUDA graph" if made else "eager (steps are given mm_token")
 
 
 def test_batches_of_text_of_any_size_may_follow_each_other():
