@@ -32,14 +32,11 @@ def main() -> None:
 def kernels(results: dict) -> None:
     """Share of the roofline over the size of a case, ours and the best peer's."""
     figure, axes = plt.subplots(figsize=(6, 3.2))
-    ours = min(results["one_kernel_us"], FLOOR_US)
-    for name, key, floor, color in (
-        ("best of 13 peers", "best_us", FLOOR_US, "0.6"),
-        ("pat_hf", "us", ours, "C0"),
-    ):
-        x = [row["kv_mb"] for row in results["rows"]]
-        y = [row["roofline_us"] / (row[key] - floor) for row in results["rows"]]
-        axes.scatter(x, y, s=14, c=color, label=name)
+    rows = results["rows"]
+    size = [row["kv_mb"] for row in rows]
+    peers = [row["roofline_us"] / (row["best_us"] - FLOOR_US) for row in rows]
+    axes.scatter(size, peers, s=14, c="0.6", label="best of 13 peers")
+    axes.scatter(size, [row["share"] for row in rows], s=14, c="C0", label="pat_hf")
     axes.set(
         xscale="log", ylim=(0, 1.1), xlabel="distinct K and V, MB", ylabel="share of the roofline"
     )

@@ -91,7 +91,7 @@ def long(results: dict) -> str:
     return (
         f"With {row['workload']} and {row['new_tokens']:,} new tokens ({row['mode']}), a step "
         f"grows from {row['early_ms']:.2f} ms (100th to 200th token) to {row['late_ms']:.2f} ms "
-        f"(last 100). Reading the K and V added in between takes {row['grown_ms']:.2f} ms of that."
+        f"(last 100). To read the K and V added in between takes {row['grown_ms']:.2f} ms."
     )
 
 

@@ -353,11 +353,12 @@ class PATCache(Cache):
         """
         batch, indices = len(self.prefixes), indices.cpu().numpy()
         try:
-            self._select(np.arange(batch)[indices].tolist())
+            kept = np.arange(batch)[indices].tolist()
         except IndexError:
             raise IndexError(
-                f"Requests {indices.tolist()} were to be kept, and the batch has 0 to {batch - 1}."
+                f"indices asks for requests {indices.tolist()}, and the batch has {batch}."
             ) from None
+        self._select(kept)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every request `repeats` times, by reference."""
@@ -658,8 +659,7 @@ class PATCache(Cache):
                 f"This PATCache was filled in {self.dtype} and the model is now in {model.dtype}. "
                 "Call reset() on the cache, or make a new one."
             )
-        if model.dtype != self.dtype:
-            self.dtype = model.dtype
+        self.dtype = model.dtype
 
     def _refuse_checkpointing(self) -> None:
         if checkpoints(self.model):

@@ -397,7 +397,7 @@ def forward(
     """See `pat_hf.kernels.ops.attention`; on a GPU, or on the CPU under Triton's interpreter."""
     batch, query_heads, length, key_dim = q.shape
     kv_heads, page_size, value_dim = v_pages.shape[1:]
-    rows, width = batch * length, plan.shape[-1]
+    width = plan.shape[-1]
     q, row_stride = by_rows(q)
     k_pages, v_pages = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_pages, v_pages))
     sinks = None if sinks is None else sinks.contiguous()
@@ -423,10 +423,9 @@ def forward(
     if is_hopper(heads, major) and window is None:
         launches = [_of_hopper(call, machine, processors, constants)]
     else:
-        most = rows * heads.group
         choice = tiles(heads, major)
-        launches = _of_tiles(call, machine, choice, processors, constants, window, most, pdl)
-    launches.append(_of_merge(call, rows, processors, pdl))
+        launches = _of_tiles(call, machine, choice, processors, constants, window, pdl)
+    launches.append(_of_merge(call, processors, pdl))
     if q.is_cuda:
         pages = (*k_pages.shape[1:], *k_pages.stride(), *v_pages.shape[1:], *v_pages.stride())
         used = (window is None, softcap is None, sinks is None, row_stride % 16)
@@ -453,6 +452,11 @@ class _Call(NamedTuple):
     softcap: float
     width: int
     strides: tuple[int, int]
+
+    @property
+    def rows(self) -> int:
+        """Query rows, of a head."""
+        return self.out.shape[0] * self.out.shape[1]
 
     @property
     def behind_pages(self) -> tuple[Any, ...]:
@@ -490,10 +494,9 @@ def _of_tiles(
     processors: int,
     constants: dict[str, Any],
     window: int | None,
-    most: int,
     pdl: bool,
 ) -> list[_Launch]:
-    """A launch for each shape, the widest first; `most` rows of a KV head's are there."""
+    """A launch for each shape, the widest first."""
     constants = constants | dict(
         **{f"s{name}_{d}": x.stride(i) for name, x in (("k", call.k_pages), ("v", call.v_pages))
            for i, d in enumerate("pht")},
@@ -508,7 +511,7 @@ def _of_tiles(
     launches = []
     for i, tile in reversed(list(enumerate(choice))):
         # No block has more rows than the batch.
-        if i and most <= machine.shapes[i - 1].rows:
+        if i and call.rows * constants["G"] <= machine.shapes[i - 1].rows:
             continue
         options = constants | dict(
             SHAPE=i, ROWS=machine.shapes[i].rows, BM=tile.m, BN=tile.n, STREAM_Q=tile.stream_q,
@@ -520,8 +523,8 @@ def _of_tiles(
     return launches
 
 
-def _of_merge(call: _Call, rows: int, processors: int, pdl: bool) -> _Launch:
-    query_heads, value_dim = call.out.shape[2:]
+def _of_merge(call: _Call, processors: int, pdl: bool) -> _Launch:
+    rows, (query_heads, value_dim) = call.rows, call.out.shape[2:]
     value_block = triton.next_power_of_2(value_dim)
     # Few rows are spread over the machine by heads.
     many = min(query_heads, max(1024 // value_block, 1), -(-rows * query_heads // (8 * processors)))

@@ -169,8 +169,8 @@ def _generate(stock: Callable[..., Any], model: PreTrainedModel, *args: Any, **k
         kwargs = {name: x for name, x in kwargs.items() if name != kinds}
     cache.own_loop = kwargs.get("custom_generate") is not None
     given = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
-    ids, mask = next((x for x in given if x is not None), None), kwargs.get("attention_mask")
-    whole = ids is None or mask is None or mask.shape[1] <= ids.shape[1]
+    ids = next((x for x in given if x is not None), None)
+    whole = ids is None or _whole(ids, kwargs.get("attention_mask"))
     cache.anew = whole and not cache.own_loop
     try:
         with serving(model):
@@ -310,7 +310,9 @@ def _says_nothing(x: Any) -> bool:
 
 
 def _whole(
-    input_ids: torch.Tensor, mask: torch.Tensor | None, generation_config: GenerationConfig
+    input_ids: torch.Tensor,
+    mask: torch.Tensor | None,
+    generation_config: GenerationConfig | None = None,
 ) -> bool:
     """Whether the prompts come whole, and not only what is new in them."""
     if mask is not None:

@@ -1,6 +1,7 @@
 """What a PATCache keeps beyond a call, against a fresh cache and stock Transformers."""
 
 import copy
+import re
 
 import numpy as np
 import pytest
@@ -488,8 +489,14 @@ def test_load_keeps_to_its_budget_and_limit(tmp_path):
     small = pat_hf.PATCache.load(path, pat, keep_bytes=4 * PAGE * TOKEN, page_size=PAGE)
     assert small.report().kept_bytes <= 4 * PAGE * TOKEN
     same(small, [text(PAGE, 3)])
-    with pytest.raises(pat_hf.PoolExhausted, match="max_tokens=[0-9]+: .* at least [0-9]+"):
+    with pytest.raises(
+        pat_hf.PoolExhausted, match=f"max_tokens={5 * PAGE}: .* of 5 pages"
+    ) as error:
         pat_hf.PATCache.load(path, pat, max_tokens=5 * PAGE, page_size=PAGE)
+    least = int(re.search(r"Give at least (\d+)", str(error.value))[1])
+    pat_hf.PATCache.load(path, pat, max_tokens=least, page_size=PAGE)
+    with pytest.raises(pat_hf.PoolExhausted):
+        pat_hf.PATCache.load(path, pat, max_tokens=least - PAGE, page_size=PAGE)
 
 
 def test_an_empty_cache_is_saved_and_loaded(tmp_path):
