@@ -425,13 +425,17 @@ def forward(
     else:
         choice = tiles(heads, major)
         launches = _of_tiles(call, machine, choice, processors, constants, window, pdl)
-    launches.append(_of_merge(call, processors, pdl))
+    launches.append(_of_merge(call, call.rows, processors, pdl))
     if q.is_cuda:
         pages = (*k_pages.shape[1:], *k_pages.stride(), *v_pages.shape[1:], *v_pages.stride())
         used = (window is None, softcap is None, sinks is None, row_stride % 16)
         # Which shapes are launched, and the merge's width.
         sizes = tuple(launch.options.get("BM") or launch.options.get("BH") for launch in launches)
-        _compile(launches, (q.device, q.dtype, query_heads, *pages, *used, *sizes))
+        kind = (q.device, q.dtype, query_heads, *pages, *used, *sizes)
+        if kind not in _compiled:
+            # The last layer of a prefill, and decode steps, have few rows, and come next.
+            _compile([*launches, _of_merge(call, 1, processors, pdl)], q.device)
+            _compiled.add(kind)
     for kernel, grid, arguments, options in launches:
         kernel[grid](*arguments, **options)
     return out
@@ -523,8 +527,8 @@ def _of_tiles(
     return launches
 
 
-def _of_merge(call: _Call, processors: int, pdl: bool) -> _Launch:
-    rows, (query_heads, value_dim) = call.rows, call.out.shape[2:]
+def _of_merge(call: _Call, rows: int, processors: int, pdl: bool) -> _Launch:
+    query_heads, value_dim = call.out.shape[2:]
     value_block = triton.next_power_of_2(value_dim)
     # Few rows are spread over the machine by heads.
     many = min(query_heads, max(1024 // value_block, 1), -(-rows * query_heads // (8 * processors)))
@@ -538,16 +542,14 @@ def _of_merge(call: _Call, processors: int, pdl: bool) -> _Launch:
     return _Launch(merge_kernel, (rows, triton.cdiv(query_heads, many)), arguments, options)
 
 
-_compiled: set[tuple[object, ...]] = set()
+_compiled: set[tuple[object, ...]] = set()  # kinds of calls
 
 
-def _compile(launches: list[_Launch], kind: tuple[object, ...]) -> None:
-    """Has the kernels of a new kind of call compiled and loaded side by side."""
-    if kind in _compiled:
-        return
+def _compile(launches: list[_Launch], device: torch.device) -> None:
+    """Has kernels compiled and loaded side by side."""
 
     def load(kernel) -> None:
-        with torch.cuda.device(kind[0]):
+        with torch.cuda.device(device):
             (kernel.result() if isinstance(kernel, triton.FutureKernel) else kernel).run  # noqa: B018
 
     with ThreadPoolExecutor(len(launches)) as pool:
@@ -557,4 +559,3 @@ def _compile(launches: list[_Launch], kind: tuple[object, ...]) -> None:
                 for kernel, grid, arguments, options in launches
             ]
         list(pool.map(load, kernels))
-    _compiled.add(kind)

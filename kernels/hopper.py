@@ -32,13 +32,16 @@ copy_rows = getattr(async_copy, "async_load", async_copy.async_copy_global_to_sh
 memory = gl.shared_memory_descriptor
 reinterpret = memory.reinterpret if hasattr(memory, "reinterpret") else memory._reinterpret
 
-STAGES = 4  # steps whose keys, and values, are held or under way; even, for groups to share them
+STAGES = 4  # steps whose keys, and values, are held or under way; 2 or 4, see `_wait`
 ALONE = gl.constexpr(2)  # steps up to which a block of few rows is one group's
 # A thread's: at the start, and of those that compute, two thirds of all; the others have what these
 # leave, up to 40. The merge's programs start in what is left of a multiprocessor's.
 REGISTERS = 152, 208
 TILE = gl.NVMMASharedLayout(128, 16, 2)  # of 64 columns, that are copied at once
 ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # of 64 columns, in memory
+# The same of 32 words: to choose among those takes a quarter of the instructions.
+WORDS = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
+WORD_ROWS = gl.constexpr(gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0]))
 # Two sums a row, as the threads have them that hold a row's weights.
 SUMS = gl.constexpr(
     gl.DistributedLinearLayout(
@@ -84,6 +87,14 @@ def _touch(p):
 
 
 @gluon.jit
+def _wait(bars, n, flip: gl.constexpr = 0):
+    """Waits for the n-th step at its stage's barrier; flipped, for the one before in that stage."""
+    STAGES: gl.constexpr = bars.shape[0]
+    SHIFT: gl.constexpr = STAGES // 2  # of 2 or 4; to divide takes more instructions
+    mbarrier.wait(bars.index(n & (STAGES - 1)), (n >> SHIFT & 1) ^ flip)
+
+
+@gluon.jit
 def _produce(
     desc,
     tiles,
@@ -112,9 +123,9 @@ def _produce(
         p_lane = p_lanes + i_j // H * 5
         for i_c in range(gl.load(p_lane), gl.load(p_lane + 5), CHUNKS):
             p_chunk = p_chunks + i_c * COLUMNS
-            stage = n % STAGES
+            stage = n & (STAGES - 1)
             bar = ready.index(stage)
-            mbarrier.wait(free.index(stage), (n // STAGES & 1) ^ 1)
+            _wait(free, n, 1)
             mbarrier.expect(bar, BYTES)
             for c in gl.static_range(CHUNKS):
                 where = gl.load(p_chunk + c * COLUMNS)
@@ -130,7 +141,7 @@ def _whose(count, steps, turn, GROUP: gl.constexpr):
     """Whose a block is: rows are halved, steps shared, or the group's whose turn it is."""
     wide = (count > 64).to(gl.int32)
     alone = (count <= 64) & (steps <= ALONE)
-    mine = (turn % 2 == GROUP) | (alone == 0)
+    mine = ((turn & 1) == GROUP) | (alone == 0)
     return wide, alone, mine
 
 
@@ -163,16 +174,17 @@ def _copy_queries(
     barrier()
     for i in gl.static_range(64 // PIECE):
         o_r = first + i * PIECE + o_i
-        m_r = o_r < count
-        # Few registers: from memory they would come one after the other.
-        i_r = numbers.slice(i * PIECE, PIECE).load(PIECE_ROWS)
-        i_hq = i_h * G + o_r % G
-        p_q = q + (i_r.to(gl.int64) * sq_r + i_hq.to(gl.int64) * sq_h)
-        to = tile.slice(i * PIECE, PIECE)
-        for part in gl.static_range((K + 63) // 64):
-            m_q = m_r[:, None] & (part * 64 + o_k < K)[None, :]
-            p_x = p_q[:, None] + (part * 64 + o_k)[None, :]
-            copy_rows(to.slice(part * 64, 64, dim=1), p_x, mask=m_q)
+        if first + i * PIECE < count:
+            m_r = o_r < count
+            # Few registers: from memory they would come one after the other.
+            i_r = numbers.slice(i * PIECE, PIECE).load(PIECE_ROWS)
+            i_hq = i_h * G + o_r % G
+            p_q = q + (i_r.to(gl.int64) * sq_r + i_hq.to(gl.int64) * sq_h)
+            to = tile.slice(i * PIECE, PIECE)
+            for part in gl.static_range((K + 63) // 64):
+                m_q = m_r[:, None] & (part * 64 + o_k < K)[None, :]
+                p_x = p_q[:, None] + (part * 64 + o_k)[None, :]
+                copy_rows(to.slice(part * 64, 64, dim=1), p_x, mask=m_q)
     async_copy.commit_group()
     positions.store(i_p)
     async_copy.wait_group(0)
@@ -220,7 +232,7 @@ def _fetch(
             wide, alone, mine = _whose(count, (next_begin - begin) // CHUNKS, turn, GROUP)
             turn += alone.to(gl.int32)
             if mine:
-                i_n = n % 2 * 2
+                i_n = (n & 1) * 2
                 mbarrier.wait(free.index(0), (n & 1) ^ 1)
                 _copy_queries(
                     q, p_rows + row, wide * (64 * GROUP), count, i_h, plan + W, sq_r, sq_h,
@@ -311,18 +323,20 @@ def _weights(
 
 
 @gluon.jit
-def _clear_unread(v_tile, p_chunk, advance, CHUNK: gl.constexpr, COLUMNS: gl.constexpr):
+def _clear_unread(v_tiles, stage, p_chunk, advance, CHUNK: gl.constexpr, COLUMNS: gl.constexpr):
     """Values that no row sees may be anything, and 0 * NaN is NaN.
 
     Where both groups read a step, both do this to it, and write the same.
     """
-    o_n = gl.arange(0, v_tile.shape[0], layout=gl.SliceLayout(1, ROWS))
+    BN: gl.constexpr = v_tiles.shape[1]
+    BW: gl.constexpr = v_tiles.shape[2] // 2
+    words = reinterpret(v_tiles, gl.int32, [v_tiles.shape[0], BN, BW], WORDS).index(stage)
+    o_n = gl.arange(0, BN, layout=gl.SliceLayout(1, WORD_ROWS))
     p_n = p_chunk + o_n // CHUNK * COLUMNS
     seen = gl.minimum(gl.load(p_n + 3) + advance, gl.load(p_n + 1))
-    for part in gl.static_range(v_tile.shape[1] // 64):
-        tile = v_tile.slice(part * 64, 64, dim=1)
-        b_v = tile.load(ROWS)
-        tile.store(gl.where((o_n % CHUNK < seen)[:, None], b_v, 0.0))
+    for part in gl.static_range(BW // 32):
+        tile = words.slice(part * 32, 32, dim=1)
+        tile.store(gl.where((o_n % CHUNK < seen)[:, None], tile.load(WORD_ROWS), 0))
     fence_async_shared()
     barrier()
 
@@ -352,7 +366,7 @@ def _attend(
     v_ready,
     v_free,
     spare,
-    other_lse,
+    other_rows,
     room,
     sent,
     taken,
@@ -381,7 +395,7 @@ def _attend(
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     o_m = gl.arange(0, 64, layout=S_ROWS)
     o_n = gl.arange(0, BN, layout=gl.SliceLayout(0, S))
-    other_out = reinterpret(spare, gl.float32, [64, BV], gl.NVMMASharedLayout(128, 32, 2))
+    other_out = reinterpret(spare, gl.float32, [64, BV], WORDS)
     first = wide * (64 * GROUP)
     shared = (wide == 0) & (alone == 0)
     # So many steps at first are this group's, and every other of those behind.
@@ -389,7 +403,7 @@ def _attend(
     i = (whole == 0).to(gl.int32) * GROUP
     meets = (alone == 0) & (whole < steps)
     o_q = (first + o_m) // G
-    i_n = done % 2 * 2
+    i_n = (done & 1) * 2
     b_max = gl.full([64], float("-inf"), gl.float32, S_ROWS)
     b_sum = gl.full([64, 2], 0.0, gl.float32, SUMS)
     b_out = gl.full([64, BV], 0.0, gl.float32, OUT)
@@ -406,48 +420,43 @@ def _attend(
     o_p = numbers.index(i_n + 1).load(S_ROWS)
     barrier()
     mbarrier.arrive(q_free.index(0), count=1)
-    mbarrier.wait(k_ready.index(at % STAGES), at // STAGES & 1)
-    next_s = _scores(queries, k_tiles.index(at % STAGES), S)
-    b_s = warpgroup_mma_wait(0, [next_s])
-    _release(k_free.index(at % STAGES), wide & (i < whole))
-    b_p, b_max, b_sum, b_old = _weights(
-        b_s, b_max, b_sum, flags, bounds, o_q, o_p, o_n, qk_scale, softcap,
-        S, CHUNK, USE_SOFTCAP,
-    )  # fmt: skip
-    weights = gl.convert_layout(b_p.to(DTYPE), WEIGHTS)
-    mbarrier.wait(v_ready.index(at % STAGES), at // STAGES & 1)
-    for _ in range(1, whole + (steps - whole + 1 - GROUP) // 2):
-        stage = at % STAGES
-        stride = 1 + (i >= whole).to(gl.int32) + (i + 1 == whole).to(gl.int32) * GROUP
-        ahead = at + stride
-        unread = flags & 4 == 0
-        flags = gl.load(p_chunk + stride * STEP + 8)
-        bounds = _bounds(p_chunk + stride * STEP, CHUNKS, COLUMNS)
-        if unread:
-            _clear_unread(v_tiles.index(stage), p_chunk, advance, CHUNK, COLUMNS)
-        p_chunk += stride * STEP
-        mbarrier.wait(k_ready.index(ahead % STAGES), ahead // STAGES & 1)
-        next_s = _scores(queries, k_tiles.index(ahead % STAGES), S)
-        next_out = warpgroup_mma(weights, v_tiles.index(stage), b_out, is_async=True)
+    weights = gl.full([64, BN], 0.0, DTYPE, WEIGHTS)
+    stage, both = at & (STAGES - 1), wide
+    mine = whole + (steps - whole + 1 - GROUP) // 2
+    for j in range(mine):
+        before, of_both = stage, both
+        stage, both = at & (STAGES - 1), wide & (i < whole)
+        _wait(k_ready, at)
+        next_s = _scores(queries, k_tiles.index(stage), S)
+        # The first step has no weights yet, and multiplies whatever lies there; the next one's sum
+        # begins anew. A first step written out would be 760 instructions that each launch fetches
+        # with a cold cache: up to 11% of a small tree's time.
+        next_out = warpgroup_mma(
+            weights, v_tiles.index(before), b_out, use_acc=j > 1, is_async=True
+        )
         b_s = warpgroup_mma_wait(1, [next_s])
-        _release(k_free.index(ahead % STAGES), wide & (i + stride < whole))
+        _release(k_free.index(stage), both)
         b_p, b_max, b_sum, b_old = _weights(
             b_s, b_max, b_sum, flags, bounds, o_q, o_p, o_n, qk_scale, softcap,
             S, CHUNK, USE_SOFTCAP,
         )  # fmt: skip
         o_old = gl.convert_layout(b_old, O_ROWS)[:, None]
-        mbarrier.wait(v_ready.index(ahead % STAGES), ahead // STAGES & 1)
+        _wait(v_ready, at)
         b_out = warpgroup_mma_wait(0, [next_out]) * o_old
-        _release(v_free.index(stage), wide & (i < whole))
+        if j > 0:
+            _release(v_free.index(before), of_both)
         weights = gl.convert_layout(b_p.to(DTYPE), WEIGHTS)
-        at = ahead
+        if flags & 4 == 0:
+            _clear_unread(v_tiles, stage, p_chunk, advance, CHUNK, COLUMNS)
+        stride = 1 + (i >= whole).to(gl.int32) + (i + 1 == whole).to(gl.int32) * GROUP
+        stride *= (j + 1 < mine).to(gl.int32)
+        at += stride
         i += stride
-    stage = at % STAGES
-    if flags & 4 == 0:
-        _clear_unread(v_tiles.index(stage), p_chunk, advance, CHUNK, COLUMNS)
-    next_out = warpgroup_mma(weights, v_tiles.index(stage), b_out, is_async=True)
+        p_chunk += stride * STEP
+        flags, bounds = gl.load(p_chunk + 8), _bounds(p_chunk, CHUNKS, COLUMNS)
+    next_out = warpgroup_mma(weights, v_tiles.index(stage), b_out, use_acc=mine > 1, is_async=True)
     b_out = warpgroup_mma_wait(0, [next_out])
-    _release(v_free.index(stage), wide & (i < whole))
+    _release(v_free.index(stage), both)
 
     f_max = gl.convert_layout(b_max, O_ROWS)
     f_sum = gl.convert_layout(gl.sum(b_sum, 1), O_ROWS)
@@ -456,21 +465,21 @@ def _attend(
         if GROUP == 1:
             mbarrier.wait(room.index(0), split & 1)
             if shared:
-                other_lse.store(f_max + gl.log2(f_sum))
-                scale = 1.0 / gl.where(f_sum == 0.0, 1.0, f_sum)
-                other_out.store(b_out * scale[:, None])
+                other_rows.index(0).store(f_max)
+                other_rows.index(1).store(f_sum)
+                other_out.store(b_out)
             barrier()
             mbarrier.arrive(sent.index(0), count=1)
             mbarrier.wait(taken.index(0), split & 1)
         else:
             mbarrier.wait(sent.index(0), split & 1)
             if shared:
-                o_max = other_lse.load(O_ROWS)
+                o_max, o_sum = other_rows.index(0).load(O_ROWS), other_rows.index(1).load(O_ROWS)
                 f_top = gl.maximum(f_max, o_max)
                 f_ref = gl.where(f_top == float("-inf"), 0.0, f_top)
                 f_old, o_old = gl.exp2(f_max - f_ref), gl.exp2(o_max - f_ref)
                 f_max = f_top
-                f_sum = f_sum * f_old + o_old
+                f_sum = f_sum * f_old + o_sum * o_old
                 b_out = b_out * f_old[:, None]
                 b_out += other_out.load(OUT) * o_old[:, None]
             barrier()
@@ -506,28 +515,28 @@ def _write(
     o_f = gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
     o_b = first + o_f
     m_f = o_b < count
-    if slot >= 0:
-        i_p = (slot + o_b // G).to(gl.int64) * (H * G) + i_h * G + o_b % G
-        gl.store(lse + i_p, f_max + gl.log2(f_sum), mask=m_f)
-        b_out = b_out * (1.0 / gl.where(f_sum == 0.0, 1.0, f_sum))[:, None]
-        o_v = gl.arange(0, BV, layout=gl.SliceLayout(0, OUT))
-        p_p = partial + i_p[:, None] * V + o_v[None, :]
-        m_p = m_f[:, None] & (o_v < V)[None, :]
-        gl.store(p_p, b_out, mask=m_p, eviction_policy="evict_last")
-    else:
-        if USE_SINKS:
+    f_scale = 1.0 / gl.where(f_sum == 0.0, 1.0, f_sum)
+    if USE_SINKS:
+        if slot < 0:
             p_sink = sinks + i_h * G + o_b % G
             b_sink = gl.load(p_sink, mask=m_f, other=0.0).to(gl.float32)
             b_sink = b_sink * 1.4426950408889634
             f_top = gl.maximum(f_max, b_sink)
             f_old = gl.exp2(f_max - f_top)
             f_scale = f_old / (f_sum * f_old + gl.exp2(b_sink - f_top))
-        else:
-            f_scale = 1.0 / gl.where(f_sum == 0.0, 1.0, f_sum)
+    b_out = b_out * f_scale[:, None]
+    if slot >= 0:
+        i_p = (slot + o_b // G).to(gl.int64) * (H * G) + i_h * G + o_b % G
+        gl.store(lse + i_p, f_max + gl.log2(f_sum), mask=m_f)
+        o_v = gl.arange(0, BV, layout=gl.SliceLayout(0, OUT))
+        p_p = partial + i_p[:, None] * V + o_v[None, :]
+        m_p = m_f[:, None] & (o_v < V)[None, :]
+        gl.store(p_p, b_out, mask=m_p, eviction_policy="evict_last")
+    else:
         # By way of shared memory, for lines to be written whole: Triton's own for changes of layout
         # would be the same for both groups.
         tile = spare.index(GROUP)
-        tile.store((b_out * f_scale[:, None]).to(spare.dtype))
+        tile.store(b_out.to(spare.dtype))
         barrier()
         o_x = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
         i_r = numbers.load(gl.SliceLayout(1, ROWS))
@@ -562,7 +571,7 @@ def _consume(
     v_ready,
     v_free,
     spare,
-    other_lse,
+    other_rows,
     room,
     sent,
     taken,
@@ -579,7 +588,6 @@ def _consume(
 ):
     """One of the two groups that compute."""
     CHUNKS: gl.constexpr = k_tiles.shape[1] // CHUNK
-    STAGES: gl.constexpr = k_tiles.shape[0]
     p_lanes = plan + 2 * W + LANES
     p_chunks = plan + gl.load(plan + 8)
     p_blocks = plan + gl.load(plan + 10)
@@ -612,25 +620,24 @@ def _consume(
             if alone:
                 if mine:
                     for i in range(steps):
-                        at = n + i
-                        mbarrier.wait(k_ready.index(at % STAGES), at // STAGES & 1)
-                        mbarrier.wait(v_ready.index(at % STAGES), at // STAGES & 1)
+                        _wait(k_ready, n + i)
+                        _wait(v_ready, n + i)
                     barrier()
                     mbarrier.arrive(my_turn.index(0), count=1)
                 else:
-                    mbarrier.wait(other_turn.index(0), turn // 2 & 1)
+                    mbarrier.wait(other_turn.index(0), turn >> 1 & 1)
                 turn += 1
             if mine:
                 f_max, f_sum, b_out, split = _attend(
                     GROUP, p_chunk, n, steps, (turns - begin) // CHUNKS, wide, alone, done, split,
                     advance, qk_scale, softcap, q_tile, numbers, k_tiles, v_tiles,
                     q_ready, q_free, k_ready, k_free, v_ready, v_free,
-                    spare, other_lse, room, sent, taken, G, CHUNK, COLUMNS, USE_SOFTCAP,
+                    spare, other_rows, room, sent, taken, G, CHUNK, COLUMNS, USE_SOFTCAP,
                 )  # fmt: skip
                 if (GROUP == 0) | (wide > 0) | alone:
                     _write(
                         GROUP, f_max, f_sum, b_out, slot, i_h, wide * (64 * GROUP), count,
-                        out, partial, lse, sinks, numbers.index(done % 2 * 2), spare,
+                        out, partial, lse, sinks, numbers.index((done & 1) * 2), spare,
                         H, G, V, USE_SINKS,
                     )  # fmt: skip
                 done += 1
@@ -701,7 +708,7 @@ def hopper_kernel(
     v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, BN, BV], LAYOUT)
     # Each group's results on their way out, or one's on their way to the other.
     spare = gl.allocate_shared_memory(DTYPE, [2, 64, BV], LAYOUT)
-    other_lse = gl.allocate_shared_memory(gl.float32, [64], PLAIN)
+    other_rows = gl.allocate_shared_memory(gl.float32, [2, 64], PLAIN)
     k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
@@ -738,7 +745,7 @@ def hopper_kernel(
                     0, plan, out, partial, lse, sinks, qk_scale, softcap, W,
                     q_left, n_left, k_tiles, v_tiles,
                     l_ready, l_free, k_ready, k_free, v_ready, v_free,
-                    spare, other_lse, room, sent, taken, l_turn, r_turn,
+                    spare, other_rows, room, sent, taken, l_turn, r_turn,
                     H, G, V, CHUNK, LANES, COLUMNS, USE_SOFTCAP, USE_SINKS,
                 ),
             ),
@@ -748,7 +755,7 @@ def hopper_kernel(
                     1, plan, out, partial, lse, sinks, qk_scale, softcap, W,
                     q_right, n_right, k_tiles, v_tiles,
                     r_ready, r_free, k_ready, k_free, v_ready, v_free,
-                    spare, other_lse, room, sent, taken, r_turn, l_turn,
+                    spare, other_rows, room, sent, taken, r_turn, l_turn,
                     H, G, V, CHUNK, LANES, COLUMNS, USE_SOFTCAP, USE_SINKS,
                 ),
             ),

@@ -9,7 +9,8 @@ import triton.language as tl
 from pat_hf.kernels.forward import by_rows
 
 
-@triton.jit
+# The slots of an odd number of tokens are not aligned, which is no reason to compile again.
+@triton.jit(do_not_specialize_on_alignment=("pages", "slots"))
 def store_kernel(
     k_pages,
     v_pages,

@@ -106,7 +106,7 @@ def packed(
     try:
         while first < count:
             request, stop = next((r, b) for r, b in stops if b > first)
-            stop = min(first + chunk, stop)
+            stop = first + _even(stop - first, chunk)
             if done + most < len(ends):
                 stop = min(stop, int(ends[done + most]))
             token, position, *_ = these = rows[:, first:stop]
@@ -125,6 +125,15 @@ def packed(
         cache.computed()
     finally:
         cache.announce(None)
+
+
+def _even(count: int, most: int) -> int:
+    """The first of as few forwards of at most `most` tokens as there can be, all about even.
+
+    The device waits for the first one's plan, which takes the longer the more tokens it has.
+    """
+    even = -(-count // -(-count // most))
+    return min(-(-even // 128) * 128, most, count)
 
 
 def _rows(
