@@ -36,7 +36,9 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """
     config = model.config.get_text_config(decoder=True)
     weights, added = hashlib.sha256(), adapters.weights(model)
-    for name, tensor in model.named_parameters():
+    kept = model.state_dict(keep_vars=True)
+    buffers = [(name, x) for name, x in model.named_buffers() if name in kept]  # quantized weights
+    for name, tensor in (*model.named_parameters(), *buffers):
         parts = [x for x in name.split(".") if x not in adapters.WRAPPERS]
         if added.intersection(parts):
             continue

@@ -83,6 +83,7 @@ class Columns:
         removed = self.tokens()[:, keep:].sum(1)
         ids = self.ids
         self.fed = [] if ids is None else [ids[:, : max(0, keep - self.prompts)]]
+        self._searched = len(self.fed)
         self.length, self._mask = keep, self._mask[:, :keep]
         self.prompts = min(self.prompts, keep)
         self.ended[self.ended > keep] = _NEVER
@@ -93,6 +94,7 @@ class Columns:
         indices, ids = list(indices), self.ids
         self._mask, self.ended = self._mask[indices], self.ended[indices]
         self.fed = [] if ids is None else [ids[indices]]
+        self._searched = len(self.fed)
 
     def stop_at(self, ids: Sequence[int]) -> None:
         """Ends requests that are fed one of `ids` from now on, when `find_ends` is called."""

@@ -68,7 +68,12 @@ class Memory:
                     span = self._spans[index] = _Span(device)
                 return span.resize(pages, shapes, dtype)
             self.moves += 1
-            parts = [torch.empty((pages, *shape), dtype=dtype, device=device) for shape in shapes]
+            try:
+                parts = [
+                    torch.empty((pages, *shape), dtype=dtype, device=device) for shape in shapes
+                ]
+            except RuntimeError as error:  # what PyTorch raises for the CPU's memory
+                raise torch.OutOfMemoryError(*error.args) from None
             for part, held in zip(parts, self._parts.get(index, ()), strict=False):
                 both = min(len(held), pages)
                 part[:both] = held[:both]
@@ -112,13 +117,15 @@ class _Span:
         self, pages: int, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype
     ) -> list[torch.Tensor]:
         sizes = [math.prod(shape) for shape in shapes]
-        self._grow(pages * sum(sizes) * dtype.itemsize)
+        # Whole rows of each part, as the copy engine of `hopper.py` wants it.
+        page = aligned_page(shapes) * dtype.itemsize
+        self._grow(pages * page)
         parts, begin = [], self._address
         for shape, size in zip(shapes, sizes, strict=True):
             inner = [math.prod(shape[i + 1 :]) * dtype.itemsize for i in range(len(shape))]
             # The parts of a page are tensors of their own to PyTorch: it must not take what is
             # written to one for a change of the other.
-            part = _Part(self, begin, (pages, *shape), (sum(sizes) * dtype.itemsize, *inner))
+            part = _Part(self, begin, (pages, *shape), (page, *inner))
             parts.append(torch.as_tensor(part, device=self.device).view(dtype))
             begin += size * dtype.itemsize
         return parts
@@ -133,11 +140,16 @@ class _Span:
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()  # PyTorch may hold free memory
             handle = _checked(driver.cuMemCreate(more, self._property, 0))
-        _checked(driver.cuMemMap(address, more, 0, handle, 0))
         access = driver.CUmemAccessDesc()
         access.location = self._property.location
         access.flags = driver.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
-        _checked(driver.cuMemSetAccess(address, more, [access], 1))
+        try:
+            _checked(driver.cuMemMap(address, more, 0, handle, 0))
+            _checked(driver.cuMemSetAccess(address, more, [access], 1))
+        except BaseException:
+            driver.cuMemUnmap(address, more)  # if it came to that
+            driver.cuMemRelease(handle)
+            raise
         self._pieces.append((more, handle))
         self.mapped += more
 
@@ -177,6 +189,12 @@ class _Part:
             "data": (address, False),
             "version": 3,
         }
+
+
+def aligned_page(shapes: Sequence[tuple[int, ...]]) -> int:
+    """Elements from a page to the next: whole rows of each part's last dim."""
+    rows = math.lcm(*(shape[-1] for shape in shapes))
+    return -(-sum(map(math.prod, shapes)) // rows) * rows
 
 
 @functools.cache

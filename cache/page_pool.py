@@ -63,6 +63,8 @@ class PagePool:
     ):
         if not isinstance(page_size, Integral) or page_size < 16 or page_size & (page_size - 1):
             raise ValueError(f"page_size={page_size!r}: it must be a power of two from 16.")
+        if max_tokens is not None and not isinstance(max_tokens, Integral):
+            raise ValueError(f"max_tokens={max_tokens!r}: it must be a whole number, or None.")
         if max_tokens is not None and max_tokens < page_size:
             raise ValueError(f"max_tokens={max_tokens} is less than one page of {page_size}.")
         self.page_size = page_size

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import threading
 import weakref
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,7 +30,14 @@ from pat_hf.cache.workspace import lease
 from pat_hf.kernels.ops import backend
 from pat_hf.kernels.plan import Machine, Nodes, OtherBlocks, Plan, make_plan
 from pat_hf.norms import fused, rms_norms
-from pat_hf.support import checkpoints, heads_of, supported_config, unwrapped, windowed
+from pat_hf.support import (
+    checkpoints,
+    heads_of,
+    modules,
+    supported_config,
+    unwrapped,
+    windowed,
+)
 
 if TYPE_CHECKING:
     from pat_hf.graphs import Decoder
@@ -115,8 +124,10 @@ class PATCache(Cache):
         prefill_tokens: int = 8192,
         decode: str = "auto",
     ):
-        if prefill_tokens < 1:
-            raise ValueError(f"prefill_tokens={prefill_tokens}: at least one is needed.")
+        if not isinstance(prefill_tokens, Integral) or prefill_tokens < 1:
+            raise ValueError(
+                f"prefill_tokens={prefill_tokens!r}: it must be a whole number of at least 1."
+            )
         if decode not in _MODES:
             raise ValueError(f"decode={decode!r}: it must be one of {', '.join(_MODES)}.")
         self.config = supported_config(model)
@@ -134,6 +145,8 @@ class PATCache(Cache):
         self.rotaries = rotary.scaled(self.model)  # their frequencies follow the batch's length
         self.own_loop = True  # forwards, if there are any, are not those of Transformers' loops
         self.anew = False  # prompts that come whole are about to be numbered from their beginning
+        self._written: int | None = None  # writes to the weights before the last call ended
+        self._user = threading.RLock()
         self._begin_batch()
         self._count_from_zero()
 
@@ -381,6 +394,7 @@ class PATCache(Cache):
         twin.store = self.store.copy(twin._workspace.memory)
         twin._columns = self._columns.copy()
         twin.step, twin._decoder, twin.own_loop, twin.anew = None, None, True, False
+        twin._user = threading.RLock()
         return twin
 
     # What the forward asks
@@ -438,10 +452,16 @@ class PATCache(Cache):
 
     def _families(self, batch: int) -> list[Hashable]:
         """What the adapters are that compute each row now."""
-        return adapters.families(self.tuned, batch)
+        families = adapters.families(self.tuned, batch)
+        if self.model.training or any(layer.training for layer in self.tuned):
+            return [("training", family) for family in families]  # where dropout has a say
+        return families
 
     def _find_adapters(self) -> None:
-        self._tuned = [weakref.ref(layer) for layer in adapters.layers(self.model)]
+        found = adapters.layers(self.model)
+        if self._tuned and not found:
+            self._restart("the model's adapters are gone, into its weights perhaps")
+        self._tuned = [weakref.ref(layer) for layer in found]
 
     @property
     def tuned(self) -> list[nn.Module]:
@@ -499,9 +519,36 @@ class PATCache(Cache):
         self._decoder.deferred = True
         return True
 
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """For its length, other threads are kept from this cache.
+
+        Raises:
+            RuntimeError: if one has it.
+        """
+        if not self._user.acquire(blocking=False):
+            raise RuntimeError(
+                "This PATCache is in use by another thread's call. Threads need a cache each, or "
+                "one of them at a time a lock around its call."
+            )
+        try:
+            yield
+        finally:
+            self._user.release()
+
+    def stored(self) -> None:
+        """Says that a call is over: what it stored is of the weights as they are."""
+        self._written = self._count_writes()
+
+    def _count_writes(self) -> int:
+        """Changes of the weights in place, by an optimizer say, as PyTorch counts them."""
+        weights = (x for module in modules(self.model) for x in module._parameters.values())
+        return sum(x._version for x in weights if x is not None and not x.is_inference())
+
     def disarm(self) -> None:
         """The `generate()` is over: forwards are the model's own again."""
         self.repeated, self.own_loop, self.anew = False, True, False
+        self.stored()
         self.decoding, self._decoder = self._decoder and str(self._decoder), None
         self._settle()
         if self.step is not None and not self.step.written:
@@ -566,7 +613,8 @@ class PATCache(Cache):
     def _run(self, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if self.step is None or not self.step.packed:
-            self._columns.fed.append(ids)
+            # Loops of one's own may feed one buffer again and again, or views of all ids so far.
+            self._columns.fed.append(ids if ids is None or self.known_loop else ids.clone())
             if not (self.known_loop or self.opaque or ids is None):
                 told = {name for name, x in kwargs.items() if x is not None} <= TOLD
                 positions = kwargs.get("position_ids")
@@ -653,6 +701,8 @@ class PATCache(Cache):
         self._settle()
         adapters.refuse_virtual_tokens(model)
         self._refuse_checkpointing()
+        if self._written not in (None, self._count_writes()):
+            self._restart("the model's weights have been changed")
         self._find_adapters()
         if self.pool.layers and model.dtype != self.dtype:
             raise ValueError(
@@ -785,10 +835,14 @@ class PATCache(Cache):
     def _mend(self) -> None:
         """Empties what was interrupted in a change; a prefill may be under way, whose hooks ask."""
         if self._broken:
-            logger.warning("pat_hf: a call was interrupted in a change, so the PATCache is empty.")
-            pins = self.prefixes.pins
-            self._empty()
-            self.prefixes.pins = pins
+            self._restart("a call was interrupted in a change")
+
+    def _restart(self, why: str) -> None:
+        """Empties the cache; what is pinned will be when it is computed again."""
+        logger.warning(f"pat_hf: {why}, so the PATCache is empty.")
+        pins = self.prefixes.pins
+        self._empty()
+        self.prefixes.pins = pins
 
     def _settle(self) -> None:
         """Clears away what a call left that was interrupted."""
@@ -1145,9 +1199,10 @@ def token_ids(
             "given. Take a row of the tokenizer's output, without its padding: input_ids[0]; for a "
             "text of no tokens, the beginning-of-text token."
         )
-    if vocabulary is not None and not 0 <= ids.min() <= ids.max() < vocabulary:
+    if ids.min() < 0 or vocabulary is not None and ids.max() >= vocabulary:
+        known = "at least 0" if vocabulary is None else f"0 to {vocabulary - 1}"
         raise ValueError(
-            f"{what} has ids from {ids.min()} to {ids.max()}, and the model's are 0 to "
-            f"{vocabulary - 1}. Encode it with the model's own tokenizer."
+            f"{what} has ids from {ids.min()} to {ids.max()}, and the model's are {known}. "
+            "Encode it with the model's own tokenizer."
         )
     return ids.astype(np.int64)

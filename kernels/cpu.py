@@ -72,7 +72,8 @@ def attention(
         _merge(out, lse, rows, work.owner.to(q.device), work.split.to(q.device))
     out = out[:rows]
     if sinks is not None:
-        out = out * torch.sigmoid(lse[:rows] - sinks.to(dtype).view(kv_heads, group))[..., None]
+        sinks = sinks.to(dtype).clamp_min(torch.finfo(dtype).min).view(kv_heads, group)
+        out = out * torch.sigmoid(lse[:rows] - sinks)[..., None]
     return out.reshape(batch, length, query_heads, value_dim).to(q.dtype)
 
 

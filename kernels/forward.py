@@ -172,8 +172,10 @@ def _finish(
             b_sink = tl.load(sinks + i_hq, mask=m_r, other=0.0).to(tl.float32)
             b_sink = b_sink * 1.4426950408889634
             b_top = tl.maximum(b_max, b_sink)
-            b_old = tl.exp2(b_max - b_top)
-            b_scale = b_old / (b_sum * b_old + tl.exp2(b_sink - b_top))
+            b_ref = tl.where(b_top == float("-inf"), 0.0, b_top)
+            b_old = tl.exp2(b_max - b_ref)
+            b_sum = b_sum * b_old + tl.exp2(b_sink - b_ref)
+            b_scale = b_old / tl.where(b_sum == 0.0, 1.0, b_sum)
         else:
             b_scale = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
         o_p = i_r.to(tl.int64) * (H * G) + i_hq
@@ -398,7 +400,14 @@ def forward(
     batch, query_heads, length, key_dim = q.shape
     kv_heads, page_size, value_dim = v_pages.shape[1:]
     width = plan.shape[-1]
+    heads = Heads(query_heads, kv_heads, key_dim, value_dim, q.element_size())
+    processors, major = processors_of(q.device)
+    on_hopper = is_hopper(heads, major) and window is None
     q, row_stride = by_rows(q)
+    if on_hopper and (q.data_ptr() % 16 or row_stride % 16 or q.stride(1) % 16):
+        # They are copied by rows of whole 32 bytes, or Triton refuses.
+        q = q.transpose(1, 2).clone(memory_format=torch.contiguous_format).transpose(1, 2)
+        row_stride = q.stride(2)
     k_pages, v_pages = (x if x.stride(-1) == 1 else x.contiguous() for x in (k_pages, v_pages))
     sinks = None if sinks is None else sinks.contiguous()
     out = q.new_empty(batch, length, query_heads, value_dim)
@@ -406,8 +415,6 @@ def forward(
     lse = q.new_empty(width, query_heads, dtype=torch.float32)
     if not out.numel():
         return out
-    heads = Heads(query_heads, kv_heads, key_dim, value_dim, q.element_size())
-    processors, major = processors_of(q.device)
     pdl = q.is_cuda and major >= 9
     call = _Call(
         q, k_pages, v_pages, plan, out, partial, lse, sinks,
@@ -420,7 +427,7 @@ def forward(
         COLUMNS=COLUMNS["chunks"], LANES=aligned(len(machine.shapes) * COLUMNS["shapes"]),
         USE_SOFTCAP=softcap is not None, USE_SINKS=sinks is not None,
     )  # fmt: skip
-    if is_hopper(heads, major) and window is None:
+    if on_hopper:
         launches = [_of_hopper(call, machine, processors, constants)]
     else:
         choice = tiles(heads, major)

@@ -522,8 +522,10 @@ def _write(
             b_sink = gl.load(p_sink, mask=m_f, other=0.0).to(gl.float32)
             b_sink = b_sink * 1.4426950408889634
             f_top = gl.maximum(f_max, b_sink)
-            f_old = gl.exp2(f_max - f_top)
-            f_scale = f_old / (f_sum * f_old + gl.exp2(b_sink - f_top))
+            f_ref = gl.where(f_top == float("-inf"), 0.0, f_top)
+            f_old = gl.exp2(f_max - f_ref)
+            f_all = f_sum * f_old + gl.exp2(b_sink - f_ref)
+            f_scale = f_old / gl.where(f_all == 0.0, 1.0, f_all)
     b_out = b_out * f_scale[:, None]
     if slot >= 0:
         i_p = (slot + o_b // G).to(gl.int64) * (H * G) + i_h * G + o_b % G

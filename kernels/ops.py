@@ -27,17 +27,18 @@ def attention(
         q: [B, query heads, T, key dim]; B * T query rows, the tokens of requests or of tree nodes.
         k_pages: [pages, KV heads, page size, key dim], in q's dtype.
         v_pages: [pages, KV heads, page size, value dim], in q's dtype.
-        plan_tensor: int32 [1, 1, C, W], from `Plan.tensor`.
+        plan_tensor: int32 [1, 1, C, W], from `Plan.tensor`. It must be made for as many query rows,
+            and for these heads and pages; on a GPU, where its values lie, that can't be looked at.
         scale: factor of the scores, positive.
         window: a row sees the last `window` positions, its own included; `None`: all.
-        softcap: scores become softcap * tanh(score / softcap).
+        softcap: scores become softcap * tanh(score / softcap); positive.
         sinks: [query heads], a score each that takes part in the softmax's sum only.
 
     Returns:
         [B, T, query heads, value dim], contiguous, in q's dtype; zeros for rows that see nothing.
 
     Raises:
-        ValueError: if shapes or dtypes don't go together, or `scale` is not positive.
+        ValueError: if shapes or dtypes don't go together, or a number is not positive.
 
     Example:
         >>> import numpy as np, torch
@@ -67,8 +68,12 @@ def attention(
         torch.Size([2, 1, 8, 64])
     """
     _check(q, k_pages, v_pages, plan_tensor, sinks)
-    if scale <= 0:
+    if not scale > 0:
         raise ValueError(f"scale={scale}: it must be positive. Negate q for a negative one.")
+    if softcap is not None and not softcap > 0 or window is not None and window < 1:
+        raise ValueError(
+            f"softcap={softcap}, window={window}: each must be positive, or None for none."
+        )
     return _attention(q, k_pages, v_pages, plan_tensor, sinks, scale, window, softcap)
 
 

@@ -20,7 +20,7 @@ COLUMNS = {"shapes": 6, "lanes": 5, "chunks": 9, "blocks": 5}
 _HEADER = 4 + 2 * len(_TABLES)
 _ALIGN = 64
 _CHUNK = 32  # tokens; more waste more of a tile where nodes are short
-_NOWHERE = -(1 << 30)
+_NOWHERE, _FAR = -(1 << 30), 1 << 30
 
 
 class Nodes(NamedTuple):
@@ -141,7 +141,6 @@ class Machine:
         return Machine(shapes, partial=3)
 
     @staticmethod
-    @functools.cache
     def of(device: torch.device, heads: Heads) -> Machine:
         """The machine behind a device, as layers of these heads use it."""
         if device.type != "cuda":
@@ -154,13 +153,17 @@ class Machine:
         return chunk_size([shape.tokens or page_size for shape in self.shapes], page_size)
 
 
-@functools.cache
 def processors_of(device: torch.device) -> tuple[int, int]:
     """Streaming multiprocessors and compute capability of a GPU, 0 for AMD's; for the CPU, where
     kernels are interpreted, those to imitate."""
     if device.type != "cuda":
         return 2, 8
-    properties = torch.cuda.get_device_properties(device)
+    return _processors_of(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _processors_of(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
     return properties.multi_processor_count, 0 if torch.version.hip else properties.major
 
 
@@ -197,8 +200,8 @@ class Tables(NamedTuple):
             block's; the block's first row (into `rows`); where that row's partial goes, those of
             the others behind it, or -1: the block is its rows' only one; and eight times the
             number of the block's rows, plus 1 in a block's first chunk, plus 2 where all rows see
-            all tokens of the step, 4 where each of those is seen. The last chunks of a block may be
-            empty.
+            all tokens of the step, 4 where each of those is seen. Some chunks are empty, for steps
+            to be whole.
         blocks: [B, 5] first row, end row (into `rows`), first chunk, end chunk; and from which on
             steps for the first half of the rows and for the others follow each other in turn.
         rows: [K] query rows, B * T of q [B, heads, T, dim] counted as b * T + t.
@@ -253,7 +256,7 @@ class Plan:
 
     @functools.cached_property
     def shape(self) -> tuple[int, int]:
-        """The smallest (C, W) that holds the plan."""
+        """A (C, W) that holds the plan; W a multiple of 64, so that few differ."""
         width = -(-self._width // _ALIGN) * _ALIGN
         return 2 + -(-self._size // width), width
 
@@ -286,7 +289,7 @@ class Plan:
         return width >= self._width and (height - 2) * width >= self._size
 
     def elements(self, capacity: tuple[int, int]) -> torch.Tensor:
-        """What to overwrite a tensor with, that it is this plan's.
+        """The plan's elements, laid out for a tensor of this capacity.
 
         Args:
             capacity: (C, W) of the tensor.
@@ -582,17 +585,13 @@ def _runs(
     where = position[forest.rows]
     furthest, hindmost = extrema(where, begin, end)
 
-    # Rows that end in a node see a part of it, and more of it as they advance.
+    # All rows advance alike, until one reaches the end of its node.
     bottom = nodes.start[forest.alive] + nodes.length[forest.alive]
-    own = np.append(forest.begin, len(where))
-    ending = np.flatnonzero(own[1:] > own[:-1])
-    advance = np.zeros(len(forest.alive), np.int64)
-    most, _ = extrema(where, own[ending], own[ending + 1])
-    advance[ending] = np.maximum(bottom[ending] - 1 - most, 0)
-    if ahead is not None:
-        advance = np.minimum(advance, ahead)
+    own = np.diff(np.append(forest.begin, len(where)))
+    left = np.repeat(bottom, own) - 1 - where
+    advance = max(int(left.min(initial=ahead if ahead is not None else _FAR)), 0)
     node = forest.alive[owner]
-    seen = np.clip(furthest + advance[owner] + 1 - nodes.start[node], 1, nodes.length[node])
+    seen = np.clip(furthest + advance + 1 - nodes.start[node], 1, nodes.length[node])
     runs = _Runs(
         tile, node, begin - first, end - first, furthest, hindmost, np.zeros_like(seen), seen
     )

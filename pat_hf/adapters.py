@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from pat_hf.support import modules
+from pat_hf.support import modules, unwrapped
 
 BASE = "__base__"  # PEFT's name for no adapter
 WRAPPERS = ("base_layer", "original_module")  # and for what an adapter was put around
@@ -69,14 +69,20 @@ def positional(tuned: Sequence[nn.Module]) -> bool:
 def refuse_virtual_tokens(model: nn.Module) -> None:
     """Makes sure that no tokens unknown to `generate` are put before the prompts, or their keys.
 
+    Args:
+        model: a PEFT model, or one that is inside and may be running under it.
+
     Raises:
-        ValueError: if `model` runs under a PEFT model that learned some, as prompt tuning does, or
-            has layers that did (LLaMA-Adapter).
+        ValueError: if they are, as in prompt tuning, or its layers do likewise (LLaMA-Adapter).
     """
-    wrapper = getattr(model.prepare_inputs_for_generation, "__self__", None)
+    # A PEFT model puts a method of its own into the one inside for the length of `generate()`.
+    prepare = getattr(model, "prepare_inputs_for_generation", None)
+    wrapper = getattr(prepare, "__self__", None)
     config = getattr(wrapper, "active_peft_config", None)
     kind = config.peft_type.value if getattr(config, "is_prompt_learning", False) else None
-    if "peft" in sys.modules and any(hasattr(x, "adaption_prompt") for x in modules(model)):
+    if "peft" in sys.modules and any(
+        hasattr(x, "adaption_prompt") for x in modules(unwrapped(model))
+    ):
         kind = "ADAPTION_PROMPT"
     if kind is not None:
         raise ValueError(

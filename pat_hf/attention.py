@@ -58,7 +58,8 @@ def pat_attention(
             )
         if s_aux is not None or softcap is not None:
             scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-            return _dense(query, key, value, attention_mask, scaling, softcap, s_aux), None
+            options = scaling, softcap, s_aux, kwargs.get("dropout", 0.0)
+            return _dense(query, key, value, attention_mask, *options), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
@@ -96,13 +97,16 @@ def _dense(
     scaling: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
+    dropout: float,
 ) -> torch.Tensor:
     """Attention over dense K and V with what sdpa lacks: a soft-cap, sinks.
 
     Args:
         query: [batch, query heads, tokens, dim].
         key, value: [batch, kv heads, length, dim].
-        mask: bool [batch, 1, tokens, length], `True` to attend; `None` for plain causal.
+        mask: [batch, 1, tokens, length], bool, `True` to attend, or to be added to the scores;
+            `None` for plain causal.
+        dropout: share of the weights that are left out.
 
     Returns:
         [batch, tokens, query heads, dim].
@@ -114,11 +118,15 @@ def _dense(
     if mask is None:
         mask = scores.new_ones(scores.shape[2:], dtype=torch.bool)
         mask = mask.tril(key.shape[2] - query.shape[2])
-    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    else:
+        scores = scores + mask
     if sinks is not None:
         sinks = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sinks], -1)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]
+    weights = torch.nn.functional.dropout(weights, dropout)
     return (weights @ value).transpose(1, 2).contiguous()
 
 

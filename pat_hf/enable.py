@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -13,6 +14,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from pat_hf.cache.pat_cache import PATCache
 from pat_hf.support import unwrapped
 
+_lock = threading.RLock()
+
 
 class _Enabled(NamedTuple):
     """What an enabled model was given, and what it was before."""
@@ -20,6 +23,7 @@ class _Enabled(NamedTuple):
     options: dict[str, Any]
     attention: str
     generate: Callable[..., Any] | None  # of its own, not its class's
+    blocks: set[object]  # `enabled` for the length of these; none: until it is disabled
 
 
 def enable(model: PreTrainedModel, **options: Any) -> None:
@@ -51,6 +55,7 @@ def enable(model: PreTrainedModel, **options: Any) -> None:
                 f"to be with {options}. Call disable() before."
             )
         return
+    model = _inner(model)
     attention = model.config._attn_implementation
     model.set_attn_implementation("pat")
     try:
@@ -58,13 +63,14 @@ def enable(model: PreTrainedModel, **options: Any) -> None:
     except BaseException:
         model.set_attn_implementation(attention)
         raise
-    model._pat_hf = _Enabled(options, attention, vars(model).get("generate"))
+    model._pat_hf = _Enabled(options, attention, vars(model).get("generate"), set())
     # A bound method: a copy of the model gets one that is bound to the copy.
     model.generate = MethodType(_generate, model)
 
 
 def disable(model: PreTrainedModel) -> None:
     """Undoes `enable`, without a trace; does nothing if the model isn't enabled."""
+    model = _inner(model)
     if state := _state(model):
         del model.generate, model._pat_hf
         if state.generate is not None:
@@ -76,6 +82,8 @@ def disable(model: PreTrainedModel) -> None:
 def enabled(model: PreTrainedModel, **options: Any) -> Iterator[PreTrainedModel]:
     """`enable` for the length of a `with` block; leaves a model that was enabled before so.
 
+    Blocks may overlap, in several threads; the model is as before when the last one ends.
+
         with pat_hf.enabled(model):
             trainer.train()
 
@@ -85,17 +93,33 @@ def enabled(model: PreTrainedModel, **options: Any) -> Iterator[PreTrainedModel]
     Raises:
         ValueError: as `enable`.
     """
-    before = _state(model)
-    enable(model, **options)
+    block = object()
+    with _lock:
+        before = _state(model)
+        enable(model, **options)
+        if not before or before.blocks:
+            _state(model).blocks.add(block)
     try:
         yield model
     finally:
-        if not before:
-            disable(model)
+        with _lock:
+            state = _state(model)
+            if state and block in state.blocks:
+                state.blocks.remove(block)
+                if not state.blocks:
+                    disable(model)
+
+
+def _inner(model: PreTrainedModel) -> PreTrainedModel:
+    """The model inside torch.compile's wrapper, which hands on what it is given, but not all."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _state(model: PreTrainedModel) -> _Enabled | None:
-    return vars(model).get("_pat_hf")
+    held = vars(_inner(model))
+    own = getattr(held.get("generate"), "__func__", None)
+    # From a file it comes back with its class's `generate`.
+    return None if own is type(_inner(model)).generate else held.get("_pat_hf")
 
 
 @functools.wraps(GenerationMixin.generate)

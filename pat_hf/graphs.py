@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -69,7 +70,8 @@ class Graph:
                     # Compiles kernels; what it stores, the first replay stores again.
                     _check_output(forward(**inputs), held)
                     self._graph = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(self._graph, pool, stream, "thread_local"):
+                    graph = torch.cuda.graph(self._graph, pool, stream, "thread_local")
+                    with _uncollected(), graph:
                         out = forward(**inputs)
         except BaseException:
             # PyTorch leaves it capturing, and refuses random numbers from then on.
@@ -116,6 +118,19 @@ def _cublaslt() -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.preferred_blas_library(before)
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """For its length, no garbage is collected: pages among it would be waited for and given back,
+    which ends a capture."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 class Decoder:

@@ -162,21 +162,22 @@ def _generate(stock: Callable[..., Any], model: PreTrainedModel, *args: Any, **k
             "cache_implementation='paged' is continuous batching, which would not use this "
             "PATCache. Leave one of them out."
         )
-    cache.check(model)
-    # Text alone, as a processor says it. Elsewhere, 0 is a type of tokens like any other.
-    kinds = "token_type_ids" if "gemma3" in model.config.model_type else "mm_token_type_ids"
-    if not model.training and torch.is_tensor(kwargs.get(kinds)) and not kwargs[kinds].any():
-        kwargs = {name: x for name, x in kwargs.items() if name != kinds}
-    cache.own_loop = kwargs.get("custom_generate") is not None
-    given = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
-    ids = next((x for x in given if x is not None), None)
-    whole = ids is None or _whole(ids, kwargs.get("attention_mask"))
-    cache.anew = whole and not cache.own_loop
-    try:
-        with serving(model):
-            return stock(model, *args, **kwargs)
-    finally:
-        cache.disarm()
+    with cache.in_use():
+        cache.check(model)
+        # Text alone, as a processor says it. Elsewhere, 0 is a type of tokens like any other.
+        kinds = "token_type_ids" if "gemma3" in model.config.model_type else "mm_token_type_ids"
+        if not model.training and torch.is_tensor(kwargs.get(kinds)) and not kwargs[kinds].any():
+            kwargs = {name: x for name, x in kwargs.items() if name != kinds}
+        cache.own_loop = kwargs.get("custom_generate") is not None
+        given = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
+        ids = next((x for x in given if x is not None), None)
+        whole = ids is None or _whole(ids, kwargs.get("attention_mask"))
+        cache.anew = whole and not cache.own_loop
+        try:
+            with serving(model):
+                return stock(model, *args, **kwargs)
+        finally:
+            cache.disarm()
 
 
 def _is_supported(
@@ -207,7 +208,7 @@ def serving(model: PreTrainedModel) -> Iterator[None]:
             blocks = _served.setdefault(model, set())
             blocks.add(block)
             if len(blocks) == 1:
-                model.forward = _switch(model)
+                model.forward = _Switch(model)
         yield
     finally:
         with _lock:
@@ -220,20 +221,23 @@ def serving(model: PreTrainedModel) -> Iterator[None]:
                     model.forward = own
 
 
-def _switch(model: PreTrainedModel) -> Callable[..., Any]:
-    """The model's forward, or the cache's `run` of it where there is a PATCache."""
-    forward = model.forward
+class _Switch:
+    """The model's forward, or the cache's `run` of it where there is a PATCache.
 
-    @functools.wraps(forward)
-    def switch(*args: Any, **kwargs: Any) -> Any:
+    An object: a copy of the model that is made meanwhile gets one for its own forward.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        functools.update_wrapper(self, model.forward)
+        self.forward = model.forward
+        # Accelerate, for one, may have given the model a forward of its own.
+        self.own = vars(model).get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, PATCache):
-            return cache.run(forward, args, kwargs)
-        return forward(*args, **kwargs)
-
-    # Accelerate, for one, may have given the model a forward of its own.
-    switch.own = vars(model).get("forward")
-    return switch
+            return cache.run(self.forward, args, kwargs)
+        return self.forward(*args, **kwargs)
 
 
 def _refuse(model_kwargs: dict[str, Any]) -> None:
@@ -283,23 +287,23 @@ def _opaque(
             return "position_ids are not the tokens' numbers"
     if adapters.positional(cache.tuned):
         return "an adapter begins inside the prompts (aLoRA)"
-    if _renumbers(model, input_ids, model_kwargs):
-        return f"{type(model).__name__} has numbers of its own for tokens"
-    return None
+    return _prepares(model, input_ids, model_kwargs)
 
 
-def _renumbers(
+def _prepares(
     model: PreTrainedModel, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
-) -> bool:
-    """Whether the model is fed other `position_ids` than `generate()` has, as PaliGemma is."""
-    given = model_kwargs.get("position_ids")
-    prepare = type(model).prepare_inputs_for_generation
-    if given is None or prepare is GenerationMixin.prepare_inputs_for_generation:
-        return False
-    fed = model.prepare_inputs_for_generation(
-        input_ids, is_first_iteration=True, **model_kwargs
-    ).get("position_ids")
-    return fed is None or not torch.equal(fed, given)
+) -> str | None:
+    """What the model's own preparation changes, as PaliGemma's numbers of tokens."""
+    if type(model).prepare_inputs_for_generation is GenerationMixin.prepare_inputs_for_generation:
+        return None
+    fed = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
+    given, positions = model_kwargs.get("position_ids"), fed.get("position_ids")
+    if given is not None and (positions is None or not torch.equal(positions, given)):
+        return f"{type(model).__name__} has numbers of its own for tokens"
+    plain = TOLD | {"inputs_embeds"} | model_kwargs.keys()
+    if added := [name for name, x in fed.items() if name not in plain and not _says_nothing(x)]:
+        return f"{type(model).__name__} adds {', '.join(added)}"
+    return None
 
 
 def _says_nothing(x: Any) -> bool:

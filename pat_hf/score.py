@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from pat_hf import rotary
+from pat_hf import adapters, rotary
 from pat_hf.cache.page_pool import PoolExhausted
 from pat_hf.cache.pat_cache import PATCache, token_ids
 from pat_hf.cache.prefix_tree import Node, common_prefix
 from pat_hf.hooks import serving
 from pat_hf.prefill import packed
-from pat_hf.support import unwrapped
+from pat_hf.support import modules, unwrapped
 
 _LOGITS = 1 << 26  # held at a time, in float32
 
@@ -62,11 +62,34 @@ def loglikelihoods(
 
     Raises:
         ValueError: if the lists differ in length, or one of the pairs lacks tokens, or has some
-            that the model doesn't know.
+            that the model doesn't know. Or if the model's scores depend on more than ids and their
+            numbers.
         PoolExhausted: if a single pair doesn't fit into the cache's `max_tokens`.
     """
+    _refuse(model)
     model = unwrapped(model)
     cache = PATCache(model) if cache is None else cache
+    with cache.in_use():
+        return _scores(model, cache, contexts, continuations)
+
+
+def _refuse(model: PreTrainedModel) -> None:
+    adapters.refuse_virtual_tokens(model)
+    if getattr(getattr(model, "active_peft_config", None), "alora_invocation_tokens", None):
+        raise ValueError(
+            "An aLoRA adapter begins inside the prompts, which loglikelihoods() does not support. "
+            "Score with the model's own forward."
+        )
+    if any(hasattr(x, "create_position_ids_from_input_ids") for x in modules(unwrapped(model))):
+        raise ValueError(
+            f"{type(model).__name__} numbers tokens by its padding token, which loglikelihoods() "
+            "does not support. Score with the model's own forward."
+        )
+
+
+def _scores(
+    model: PreTrainedModel, cache: PATCache, contexts: Sequence, continuations: Sequence
+) -> Scores:
     cache.check(model)
     pairs = _pairs(contexts, continuations, cache.config.vocab_size)
     # Big-endian bytes sort as the ids do: what shares a prefix comes together.
@@ -81,6 +104,7 @@ def loglikelihoods(
         for alike in sorted(regimes.values(), key=lambda group: len(pairs[group[0]].tokens)):
             for group in _groups(pairs, alike, cache.prefill_tokens):
                 _score(model, cache, pairs, group, scores)
+    cache.stored()
     return scores
 
 

@@ -284,3 +284,11 @@ def test_a_loop_of_ones_own_on_a_fresh_cache():
     models[1].generate(**batch([SYSTEM]), past_key_values=cache, **kwargs)
     with models[0].disable_adapter(), models[1].disable_adapter():
         assert same(models, cache, [SYSTEM + [5]]) == len(SYSTEM) + 1
+
+
+@pytest.mark.parametrize("unloaded", ["merge_and_unload", "unload"])
+def test_adapters_that_are_gone_may_be_in_the_weights(models, unloaded):
+    cache = pat_hf.PATCache(models[1], keep_bytes=1 << 30)
+    with models[0].disable_adapter(), models[1].disable_adapter():
+        same(models, cache, PROMPTS)
+    same([getattr(model, unloaded)() for model in models], cache, PROMPTS)

@@ -136,3 +136,37 @@ def test_a_model_that_cannot_be_taken_over_is_left_as_it_was():
     with pytest.raises(ValueError, match="Bloom"):
         pat_hf.enable(model)
     assert remains(model) == before
+
+
+def test_a_model_in_the_wrapper_of_torch_compile():
+    model = copy.deepcopy(pair("Llama")[0])
+    stock, dense = tokens_through(model)
+    wrapper = torch.compile(model, backend="eager")
+    before = remains(model)
+    with pat_hf.enabled(wrapper):
+        ours, distinct = tokens_through(model)
+    assert remains(model) == before and distinct < dense and torch.equal(ours, stock)
+    pat_hf.enable(wrapper)
+    pat_hf.disable(wrapper)
+    assert remains(model) == before
+
+
+def test_blocks_that_overlap():
+    model = copy.deepcopy(pair("Llama")[0])
+    before = remains(model)
+    first, second = pat_hf.enabled(model), pat_hf.enabled(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert tokens_through(model)[1] < tokens_through(pair("Llama")[0])[1]
+    second.__exit__(None, None, None)
+    assert remains(model) == before
+
+
+def test_an_enabled_model_from_a_file_is_enabled_anew(tmp_path):
+    model = copy.deepcopy(pair("Llama")[0])
+    pat_hf.enable(model)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    pat_hf.enable(loaded)
+    assert tokens_through(loaded)[1] == tokens_through(model)[1]

@@ -19,6 +19,7 @@ from transformers.generation import utils
 import pat_hf
 from pat_hf import graphs, layers
 from pat_hf.cache import pat_cache
+from pat_hf.cache.columns import Columns
 
 from .models import MODELS, VOCABULARY, batch, config, pair, pair_of
 from .rerun import Rerun, as_on_a_gpu
@@ -363,6 +364,7 @@ def test_changed_weights_modules_or_sizes_are_captured_anew(rerun):
     first = generate(model, inputs, cache)
     with torch.no_grad():
         model.model.norm.weight.copy_(torch.rand_like(model.model.norm.weight))  # in place
+    cache._written = None  # on a GPU, a cache that is emptied keeps its addresses
     second = generate(model, inputs, cache)
     assert Rerun.made == 1 and not torch.equal(first, second)
     model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.detach().clone())
@@ -598,3 +600,25 @@ def test_what_a_graph_takes_for_granted():
     pat.model.rotary_emb.inv_freq = pat.model.rotary_emb.inv_freq.clone()
     states.append(graphs._state(pat))
     assert len(set(states)) == 3
+
+
+@pytest.mark.parametrize("change", [lambda columns: columns.select([1, 0]), lambda c: c.cut(1)])
+def test_ends_are_found_after_the_batch_has_changed(change):
+    columns = Columns(np.ones((2, 3), bool))
+    columns.stop_at([7])
+    for ids in ([1, 1], [2, 2], [3, 3]):
+        columns.fed.append(torch.tensor(ids)[:, None])
+        columns.advance(1)
+        columns.find_ends()
+    change(columns)
+    columns.fed.append(torch.tensor([[7], [4]]))
+    columns.advance(1)
+    columns.find_ends()
+    assert columns.alive.tolist() == [False, True]
+
+
+def test_garbage_waits_for_the_end_of_a_capture():
+    with pytest.raises(KeyError), graphs._uncollected():
+        assert not gc.isenabled()
+        raise KeyError
+    assert gc.isenabled()

@@ -166,6 +166,17 @@ def test_rows_that_see_nothing_are_zeros():
         assert out[[0, 2]].eq(0).all() and out[1].ne(0).all()
 
 
+def test_a_sink_of_minus_infinity_is_none():
+    nodes = nodes_of([0, 1], [20, 5])
+    case = Case(nodes, np.array([1, -1]), np.array([24, 0]), Heads(4, 2, 8, 8, 4), 16, 1)
+    q, k_pages, v_pages = pools(case)
+    plan = make_plan(*case[:5], MACHINES[0]).tensor("cpu")
+    sinks = torch.full((4,), -torch.inf)
+    out = ops.attention(q, k_pages, v_pages, plan, scale=0.4, sinks=sinks)
+    torch.testing.assert_close(out, ops.attention(q, k_pages, v_pages, plan, scale=0.4))
+    assert not out[1].any()
+
+
 def test_layers_of_other_heads_share_a_plan():
     case = batch(16, 16, group=2, kv=2)
     plan = make_plan(*case[:5], MACHINES[0]).tensor("cpu")
@@ -275,6 +286,9 @@ def test_the_example_runs():
             "pages of 16 tokens; .* the pool pages of 32",
         ),
         ({"scale": -1.0}, r"scale=-1.0: it must be positive"),
+        ({"scale": float("nan")}, r"scale=nan: it must be positive"),
+        ({"softcap": 0.0}, r"softcap=0.0, window=None: each must be positive"),
+        ({"window": 0}, r"softcap=None, window=0: each must be positive"),
         ({"sinks": torch.zeros(2)}, r"sinks \[2\]: one for each of 4 query heads"),
         ({"q": torch.zeros(2, 4, 1, 8, device="meta")}, "on cpu, meta; move them to one"),
     ],

@@ -3,12 +3,15 @@
 Several GPUs and offloading to the CPU's memory: `python tests/gpu/placement.py`.
 """
 
+import math
+
 import accelerate
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import pat_hf
+from pat_hf.cache.memory import aligned_page
 
 from .models import batch, pair
 from .test_generate import BATCHES
@@ -71,3 +74,10 @@ def test_a_model_that_is_dispatched_after_its_cache_was_made():
         assert torch.equal(model.generate(**INPUTS, past_key_values=cache, **kwargs), expected)
         change()
     assert torch.equal(model.generate(**INPUTS, past_key_values=cache, **kwargs), expected)
+
+
+@pytest.mark.parametrize("dims", [(128, 128), (128, 64), (96, 64), (24, 20)])
+def test_pages_are_whole_rows_of_keys_and_of_values(dims):
+    page = aligned_page([(3, 16, dim) for dim in dims])
+    least = 3 * 16 * sum(dims)
+    assert not any(page % dim for dim in dims) and least <= page < least + math.lcm(*dims)

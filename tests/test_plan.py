@@ -161,6 +161,15 @@ def test_positions_advance_within_their_nodes(case, machine, steps):
     assert_covers(make_plan(*case[:5], machine, ahead=steps).tables, case, position)
 
 
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("ahead", [None, 20])
+def test_a_row_before_its_node_advances_into_it(machine, ahead):
+    nodes = nodes_of([0, 1], [100, 50])
+    case = Case(nodes, np.array([1]), np.array([10]), HEADS, 16, 1)
+    plan = make_plan(*case[:5], machine, ahead)
+    assert_covers(plan.tables, case, case.position + 20)
+
+
 @given(cases(early=True), st.sampled_from(MACHINES), st.integers(1, 100), st.integers(0, 200))
 @settings(max_examples=150, deadline=None)
 def test_what_lies_before_the_windows_is_left_out(case, machine, window, steps):

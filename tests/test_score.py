@@ -1,9 +1,12 @@
 """Log-likelihoods against stock sdpa, pair by pair, in float32."""
 
+import copy
+
 import numpy as np
+import peft
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, RobertaConfig
 
 import pat_hf
 
@@ -189,3 +192,24 @@ def test_by_hand_with_right_padded_continuations(name, first):
     torch.testing.assert_close(logits[1][real.bool()], logits[0][real.bool()], atol=2e-4, rtol=2e-4)
     if first == "generate":
         assert cache.tokens == cache.prefilled + sum(map(len, answers))
+
+
+@pytest.mark.parametrize(
+    "adapter, words",
+    [
+        (peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "PROMPT_TUNING"),
+        (peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), "PREFIX_TUNING"),
+        (peft.LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[3, 4]), "aLoRA"),
+    ],
+)
+def test_adapters_that_change_more_than_weights_are_refused(adapter, words):
+    model = peft.get_peft_model(copy.deepcopy(pair("Llama")[1]), adapter)
+    with pytest.raises(ValueError, match=words):
+        pat_hf.loglikelihoods(model, [[1, 2, 3, 4]], [[7, 8]])
+
+
+def test_models_that_number_tokens_by_their_padding_are_refused():
+    config = RobertaConfig(vocab_size=97, hidden_size=16, num_attention_heads=2, is_decoder=True)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="pat")
+    with pytest.raises(ValueError, match="Roberta.* by its padding token"):
+        pat_hf.loglikelihoods(model, [[5, 6, 7]], [[8, 9]])

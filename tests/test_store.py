@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import pat_hf
 
-from .models import CORE, batch, pair
+from .models import CORE, batch, pair, pair_of
 from .test_generate import text
 
 SYSTEM = text(70, 21)
@@ -517,10 +517,13 @@ def test_load_refuses_another_model(tmp_path):
     config.rope_parameters = {"rope_type": "default", "rope_theta": 500.0}
     config.num_hidden_layers = 2
     config = AutoModelForCausalLM.from_config(config, attn_implementation="pat")
+    quantized = copy.deepcopy(pat)
+    quantized.model.layers[1].register_buffer("scale", torch.ones(3))
     switched = copy.deepcopy(pat)
     switched.config.max_position_embeddings = 256  # some ways of numbering depend on it
     for model, words in [
         (weights, "the weights are others"),
+        (quantized, "the weights are others"),
         (switched, "max_position_embeddings is 512, not 256"),
         (config, "num_hidden_layers is 3, not 2; rope_parameters is .*10000.*not.*500"),
         (pair("Llama", torch.bfloat16)[1], "dtype is 'torch.float32', not 'torch.bfloat16'"),
@@ -552,3 +555,30 @@ def test_load_refuses_what_is_no_store(tmp_path):
         pat_hf.PATCache.load(path, pat)
     with pytest.raises(FileNotFoundError):
         pat_hf.PATCache.load(tmp_path / "missing", pat)
+
+
+def test_weights_that_were_changed_in_place_leave_nothing_stored():
+    stock, pat = (copy.deepcopy(model) for model in pair("Llama"))
+    cache = pat_hf.PATCache(pat, ROOM)
+    generate(pat, [SYSTEM], cache)
+    for model in (stock, pat):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        torch.manual_seed(0)
+        for weight in model.parameters():
+            weight.grad = torch.randn_like(weight)
+        optimizer.step()
+    assert torch.equal(generate(pat, [SYSTEM], cache), generate(stock, [SYSTEM]))
+    before = cache.prefilled
+    pat_hf.loglikelihoods(pat, [SYSTEM], [[3]], cache)
+    assert cache.prefilled == before
+
+
+def test_what_dropout_had_a_say_in_is_not_reused():
+    config = copy.deepcopy(CORE["GPT-2"])
+    config.resid_pdrop = config.attn_pdrop = config.embd_pdrop = 0.5
+    stock, pat = pair_of(config)
+    cache = pat_hf.PATCache(pat, ROOM)
+    pat.train()
+    generate(pat, [SYSTEM], cache)
+    pat.eval()
+    assert torch.equal(generate(pat, [SYSTEM], cache), generate(stock, [SYSTEM]))

@@ -52,3 +52,33 @@ def test_caches_in_threads_do_not_meet(hurried):
         assert all(torch.equal(out, expected[name]) for out in outs)
         distinct = {tuple(p[: i + 1]) for p in BATCHES[name] for i in range(len(p))}
         assert prefilled == len(distinct)
+
+
+def test_a_cache_is_one_threads_at_a_time():
+    stock, pat = pair("Llama")
+    cache, errors = pat_hf.PATCache(pat, keep_bytes=1 << 30), []
+    inputs = batch(BATCHES["ragged"])
+    expected = stock.generate(**inputs, **KWARGS)
+
+    def intrude():
+        for act in (
+            lambda: pat.generate(**inputs, past_key_values=cache, **KWARGS),
+            lambda: pat_hf.loglikelihoods(pat, [[3, 4]], [[5]], cache),
+        ):
+            try:
+                act()
+            except RuntimeError as error:
+                errors.append(str(error))
+
+    def beside(ids, scores):
+        if not errors:
+            thread = threading.Thread(target=intrude)
+            thread.start()
+            thread.join()
+        return scores
+
+    out = pat.generate(**inputs, past_key_values=cache, logits_processor=[beside], **KWARGS)
+    assert torch.equal(out, expected)
+    assert len(errors) == 2 and all("in use by another thread" in error for error in errors)
+    intrude()
+    assert len(errors) == 2

@@ -4,6 +4,7 @@ The behaviour that its own tests of generation and caches check, on stock models
 """
 
 import copy
+import io
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     DynamicCache,
     GenerationConfig,
+    LlamaForCausalLM,
     LogitsProcessorList,
     MaxTimeCriteria,
     StoppingCriteriaList,
@@ -27,7 +29,7 @@ from transformers.modeling_layers import MtpModel
 
 import pat_hf
 
-from .models import VOCABULARY, batch, pair
+from .models import CORE, VOCABULARY, batch, pair, pair_of
 from .test_generate import BATCHES, text
 
 INPUTS = batch(BATCHES["ragged"])
@@ -455,3 +457,88 @@ def test_no_gradients_through_stored_tokens():
             loss = model(ids[:, :1], past_key_values=used).logits.sum()
         (grad,) = torch.autograd.grad(loss, embeds, allow_unused=True)
         assert (grad is not None) == flows
+
+
+def test_a_copy_that_is_made_meanwhile_is_a_model_of_its_own():
+    _, pat = pair("Llama")
+    copies = []
+
+    def snapshot(ids, scores):
+        copies.append(copy.deepcopy(pat))
+        torch.save(pat, io.BytesIO())
+        return scores
+
+    inputs = batch([[3, 4, 5]])
+    cache = pat_hf.PATCache(pat)
+    pat.generate(**inputs, past_key_values=cache, logits_processor=[snapshot], max_new_tokens=1)
+    for parameter in copies[0].parameters():
+        parameter.data.zero_()
+    assert not copies[0](**inputs).logits.any() and pat(**inputs).logits.any()
+
+
+def test_a_loop_that_feeds_one_buffer_again_and_again():
+    stock, pat = pair("Llama")
+
+    def loop(model, input_ids, generation_config=None, **kwargs):
+        out, token = model._prefill(input_ids, generation_config, kwargs), input_ids[:, :1].clone()
+        step = {"input_ids": token, "past_key_values": kwargs["past_key_values"]}
+        for position in range(input_ids.shape[1], input_ids.shape[1] + 6):
+            token.copy_(out.logits[:, -1:].argmax(-1))
+            input_ids = torch.cat([input_ids, token], 1)
+            out = model(**step, position_ids=torch.full_like(token, position))
+        return input_ids
+
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 20]])
+    cache = pat_hf.PATCache(pat, keep_bytes=1 << 30)
+    out = pat.generate(ids, past_key_values=cache, custom_generate=loop, max_new_tokens=9)
+    other = torch.cat([ids, out[:, -1:].expand(-1, 6)], 1)
+    kwargs = {"max_new_tokens": 8, "do_sample": False}
+    ours = pat.generate(other, past_key_values=cache, **kwargs)
+    assert torch.equal(ours, stock.generate(other, **kwargs))
+
+
+def test_a_model_that_prepares_an_argument_of_its_own():
+    class Louder(LlamaForCausalLM):
+        def prepare_inputs_for_generation(self, input_ids, **kwargs):
+            return super().prepare_inputs_for_generation(input_ids, **kwargs) | {"gain": 2.0}
+
+        def forward(
+            self,
+            input_ids=None,
+            attention_mask=None,
+            position_ids=None,
+            past_key_values=None,
+            gain=1.0,
+            **kwargs,
+        ):
+            embeds = self.get_input_embeddings()(input_ids) * gain
+            given = attention_mask, position_ids, past_key_values
+            return super().forward(None, *given, inputs_embeds=embeds, **kwargs)
+
+    stock, pat = (Louder(CORE["Llama"]).eval() for _ in range(2))
+    pat.load_state_dict(stock.state_dict())
+    pat.set_attn_implementation("pat")
+    cache = pat_hf.PATCache(pat)
+    inputs, kwargs = batch([[3, 4, 5], [3, 4, 6, 7]]), {"max_new_tokens": 8, "do_sample": False}
+    ours = pat.generate(**inputs, past_key_values=cache, **kwargs)
+    assert torch.equal(ours, stock.generate(**inputs, **kwargs))
+    assert cache.report().fallback == "Louder adds gain"
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma 2", "GPT-OSS"])
+def test_masks_to_be_added_without_a_cache(name):
+    stock, pat = pair(name)
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    mask = torch.full((1, 1, 5, 5), torch.finfo(torch.float32).min).triu(1)
+    mask[..., 1] -= 2
+    ours, theirs = (model(ids, attention_mask=mask).logits for model in (pat, stock))
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=2e-4)
+
+
+def test_dropout_of_attention_in_training_without_a_cache():
+    config = copy.deepcopy(CORE["Gemma 2"])
+    config.attention_dropout = 0.5
+    _, pat = pair_of(config, stock="eager")
+    pat.train()
+    ids = torch.tensor([[3, 4, 5, 6, 7]])
+    assert not torch.equal(pat(ids).logits, pat(ids).logits)
