@@ -114,8 +114,8 @@ def kernels(results: dict) -> str:
         f"{results['method']}. Roofline: {results['roofline']}. The best peer of a case is the "
         "fastest of 13 variants of PAT's own CUDA, FlashInfer, FastTree, DeFT, Hydragen and "
         "PyTorch's SDPA, measured apart with pages of 32 tokens (`benchmarks/peers-h200.json`). "
-        f"The largest error is {worst:.0%} of twice that of a plain fp16 computation in "
-        "PyTorch.\n\n" + "\n".join(lines)
+        f"The largest error is {worst:.0%} of twice that of PyTorch's SDPA in fp16.\n\n"
+        + "\n".join(lines)
     )
 
 

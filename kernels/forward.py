@@ -3,7 +3,7 @@
 On Hopper, most layers have the one kernel of `hopper.py`; others have one for each of the plan's
 shapes. As many programs start as fit the machine, so the grids depend on shapes alone and a
 captured graph stays valid when the plan changes. A program's work is one loop over the steps of its
-lane, whatever blocks they are of: the keys of the next block are on their way while this one is
+queue, whatever blocks they are of: the keys of the next block are on their way while this one is
 computed. The kernels are one chain of programmatic dependent launches: each starts as soon as there
 is room for it, the merge waits for all.
 
@@ -23,6 +23,32 @@ import triton
 import triton.language as tl
 
 from pat_hf.kernels import hopper
+from pat_hf.kernels.constants import (
+    BEGINS,
+    CHUNK_COLUMNS,
+    CHUNKS_AT,
+    COUNT,
+    END_BIT,
+    END_QUEUE,
+    FIRST_MASK,
+    FIRST_QUEUE,
+    FLAGS,
+    FOR_ROWS,
+    FURTHEST,
+    HINDMOST,
+    LOG2E,
+    ORIGIN,
+    PLACE,
+    POSITION,
+    QUEUE_CHUNK,
+    QUEUE_COLUMNS,
+    ROW,
+    ROWS_AT,
+    SHAPE_COLUMNS,
+    SLOT,
+    TOKENS,
+    UNMASKED,
+)
 from pat_hf.kernels.merge import merge_kernel
 from pat_hf.kernels.plan import COLUMNS, Heads, Machine, aligned, is_hopper, processors_of
 
@@ -68,10 +94,10 @@ def tiles(heads: Heads, major: int) -> tuple[Tile, ...]:
 
 
 @triton.jit
-def _of_chunk(p_chunk, o_n, COLUMN: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: tl.constexpr):
-    """A column of a step's chunks: for each of its tokens, or the one number."""
+def _of_chunk(p_chunk, o_n, COLUMN: tl.constexpr, CHUNK: tl.constexpr):
+    """A column of a step's chunks: of each token's, or one number if there is but one chunk."""
     if o_n.shape[0] > CHUNK:
-        return tl.load(p_chunk + COLUMN + o_n // CHUNK * COLUMNS)
+        return tl.load(p_chunk + COLUMN + o_n // CHUNK * CHUNK_COLUMNS)
     else:
         return tl.load(p_chunk + COLUMN)
 
@@ -79,8 +105,8 @@ def _of_chunk(p_chunk, o_n, COLUMN: tl.constexpr, COLUMNS: tl.constexpr, CHUNK: 
 @triton.jit
 def _rows(p_rows, p_chunk, o_r, G: tl.constexpr):
     """A block's query rows, [BM]; -1 if there are fewer."""
-    m_r = o_r < tl.load(p_chunk + 8) // 8 * G
-    return tl.load(p_rows + tl.load(p_chunk + 6) + o_r // G, mask=m_r, other=-1)
+    m_r = o_r < tl.load(p_chunk + FLAGS) // COUNT * G
+    return tl.load(p_rows + tl.load(p_chunk + ROW) + o_r // G, mask=m_r, other=-1)
 
 
 @triton.jit
@@ -97,16 +123,15 @@ def _keys(
     o_n,
     advance,
     window,
-    COLUMNS: tl.constexpr,
     CHUNK: tl.constexpr,
     USE_WINDOW: tl.constexpr,
 ):
-    """Where a step's chunks lie; and for which tokens of a chunk there is a row that sees them."""
-    where = _of_chunk(p_chunk, o_n, 0, COLUMNS, CHUNK)
-    seen = _of_chunk(p_chunk, o_n, 3, COLUMNS, CHUNK) + advance
-    seen = tl.minimum(seen, _of_chunk(p_chunk, o_n, 1, COLUMNS, CHUNK))
+    """Places of a step's chunks, and the tokens [past, seen) of each that any row sees."""
+    where = _of_chunk(p_chunk, o_n, PLACE, CHUNK)
+    seen = _of_chunk(p_chunk, o_n, FURTHEST, CHUNK) + advance
+    seen = tl.minimum(seen, _of_chunk(p_chunk, o_n, TOKENS, CHUNK))
     if USE_WINDOW:
-        past = _of_chunk(p_chunk, o_n, 4, COLUMNS, CHUNK) + advance - window
+        past = _of_chunk(p_chunk, o_n, HINDMOST, CHUNK) + advance - window
     else:
         past = 0
     return where, seen, past
@@ -160,7 +185,7 @@ def _finish(
     USE_SINKS: tl.constexpr,
 ):
     """Stores a block's partials from `slot` on; if that is -1, its rows' output."""
-    m_r = o_r < rows // 8 * G
+    m_r = o_r < rows // COUNT * G
     if slot >= 0:
         o_p = (slot + o_r // G).to(tl.int64) * (H * G) + i_hq
         b_scale = 1.0 / tl.where(b_sum == 0.0, 1.0, b_sum)
@@ -170,7 +195,7 @@ def _finish(
         i_r = tl.load(p_rows + row + o_r // G, mask=m_r, other=0)
         if USE_SINKS:
             b_sink = tl.load(sinks + i_hq, mask=m_r, other=0.0).to(tl.float32)
-            b_sink = b_sink * 1.4426950408889634
+            b_sink = b_sink * LOG2E
             b_top = tl.maximum(b_max, b_sink)
             b_ref = tl.where(b_top == float("-inf"), 0.0, b_top)
             b_old = tl.exp2(b_max - b_ref)
@@ -211,8 +236,7 @@ def forward_kernel(
     P: tl.constexpr,
     SHAPE: tl.constexpr,
     ROWS: tl.constexpr,
-    LANES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    QUEUES: tl.constexpr,
     CHUNK: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -225,7 +249,7 @@ def forward_kernel(
     STREAM_Q: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """Lanes of one shape; one program takes every so many-th of them.
+    """Queues of one shape; one program takes every so many-th of them.
 
     Args:
         q: [B * T, H * G, K] by strides; k, v: [pages, H, P, K or V] by strides.
@@ -233,25 +257,25 @@ def forward_kernel(
         out: [B * T, H * G, V] contiguous.
         partial: fp32 [W, H * G, V]; lse: fp32 [W, H * G], in base 2.
         qk_scale: the scale times log2 e; without the log2 e if there is a softcap.
-        SHAPE: which; its m is ROWS. LANES: where the plan's lanes are, behind its shapes. COLUMNS:
-            of a chunk, of CHUNK tokens.
+        SHAPE: which; its m is ROWS. QUEUES: where the plan's queues are, from its shapes on.
+        CHUNK: tokens of a chunk.
     """
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    STEP: tl.constexpr = BN // CHUNK * COLUMNS
+    STEP: tl.constexpr = BN // CHUNK * CHUNK_COLUMNS
     SUB: tl.constexpr = (max(ROWS, G) + BM - 1) // BM
     o_m = tl.arange(0, BM)
     o_n = tl.arange(0, BN)
     o_t = o_n % CHUNK
     o_k = tl.arange(0, BK)
     o_v = tl.arange(0, BV)
-    p_shape = plan + 2 * W + SHAPE * 6
-    lane = tl.load(p_shape + 4)
-    jobs = (tl.load(p_shape + 5) - lane) * (H * SUB)
-    p_lanes = plan + 2 * W + LANES
-    p_chunks = plan + tl.load(plan + 8)
-    p_rows = plan + tl.load(plan + 12)
-    advance = tl.load(plan + W) - tl.load(plan + 3)
+    p_shape = plan + 2 * W + SHAPE * SHAPE_COLUMNS
+    queue = tl.load(p_shape + FIRST_QUEUE)
+    jobs = (tl.load(p_shape + END_QUEUE) - queue) * (H * SUB)
+    p_queues = plan + 2 * W + QUEUES
+    p_chunks = plan + tl.load(plan + CHUNKS_AT)
+    p_rows = plan + tl.load(plan + ROWS_AT)
+    advance = tl.load(plan + W) - tl.load(plan + ORIGIN)
     # Scores as they come from the first product, or as the softcap leaves them, to base 2.
     c_scale = 1.0 if USE_SOFTCAP else qk_scale
 
@@ -259,17 +283,17 @@ def forward_kernel(
         i_h = (i_j // SUB) % H
         o_r = (i_j % SUB) * BM + o_m
         i_hq = i_h * G + o_r % G
-        p_lane = p_lanes + 5 * (lane + i_j // (H * SUB))
-        begin = tl.load(p_lane)
-        steps = (tl.load(p_lane + 5) - begin) // (BN // CHUNK)
-        p_first = p_chunks + begin * COLUMNS
+        p_queue = p_queues + QUEUE_COLUMNS * (queue + i_j // (H * SUB))
+        begin = tl.load(p_queue + QUEUE_CHUNK)
+        steps = (tl.load(p_queue + QUEUE_COLUMNS + QUEUE_CHUNK) - begin) // (BN // CHUNK)
+        p_first = p_chunks + begin * CHUNK_COLUMNS
         p_k = k + i_h * sk_h
         p_v = v + i_h * sv_h
 
-        where, seen, past = _keys(p_first, o_n, advance, window, COLUMNS, CHUNK, USE_WINDOW)
+        where, seen, past = _keys(p_first, o_n, advance, window, CHUNK, USE_WINDOW)
         i_r = _rows(p_rows, p_first, o_r, G)
         p_next = p_first + tl.minimum(1, steps - 1) * STEP
-        row, rows = tl.load(p_next + 6), tl.load(p_next + 8)
+        row, rows = tl.load(p_next + ROW), tl.load(p_next + FLAGS)
 
         b_q = tl.zeros([BM, BK], q.dtype.element_ty)
         b_max = tl.full([BM], float("-inf"), tl.float32)
@@ -278,11 +302,15 @@ def forward_kernel(
         for i in range(steps):
             p_chunk = p_first + i * STEP
             # Whether a block begins, and whether all its rows see all keys.
-            flags = tl.load(p_chunk + 8)
-            starts = flags % 2 > 0
+            flags = tl.load(p_chunk + FLAGS)
+            starts = flags & BEGINS > 0
             # Of the step before, whose block may have ended.
             p_old = p_chunk - STEP
-            old_row, old_slot, old_rows = tl.load(p_old + 6), tl.load(p_old + 7), tl.load(p_old + 8)
+            old_row, old_slot, old_rows = (
+                tl.load(p_old + ROW),
+                tl.load(p_old + SLOT),
+                tl.load(p_old + FLAGS),
+            )
             # [BN, BK], [BN, BV]
             m_k = o_t < seen
             if USE_WINDOW:
@@ -307,11 +335,11 @@ def forward_kernel(
 
             # What a step needs is read a step ahead, the places of the rows' numbers two.
             keys = seen
-            i_r = tl.load(p_rows + row + o_r // G, mask=o_r < rows // 8 * G, other=-1)
+            i_r = tl.load(p_rows + row + o_r // G, mask=o_r < rows // COUNT * G, other=-1)
             p_next = p_first + tl.minimum(i + 1, steps - 1) * STEP
-            where, seen, past = _keys(p_next, o_n, advance, window, COLUMNS, CHUNK, USE_WINDOW)
+            where, seen, past = _keys(p_next, o_n, advance, window, CHUNK, USE_WINDOW)
             p_next = p_first + tl.minimum(i + 2, steps - 1) * STEP
-            row, rows = tl.load(p_next + 6), tl.load(p_next + 8)
+            row, rows = tl.load(p_next + ROW), tl.load(p_next + FLAGS)
 
             # [BM, BN]
             if IS_FLOAT32:
@@ -320,9 +348,7 @@ def forward_kernel(
                 b_s = tl.dot(b_q, tl.trans(b_k))
             if USE_SOFTCAP:
                 b_s = b_s * qk_scale
-                b_s = (1.0 - 2.0 / (1.0 + tl.exp2(b_s * (2.8853900817779268 / softcap)))) * (
-                    softcap * 1.4426950408889634
-                )
+                b_s = (1.0 - 2.0 / (1.0 + tl.exp2(b_s * (2 * LOG2E / softcap)))) * (softcap * LOG2E)
             # The block before is finished here: between the second product and the next step's
             # first, which waits for it, nothing may touch b_out.
             if starts & (i > 0):
@@ -334,16 +360,16 @@ def forward_kernel(
                 b_max = tl.full([BM], float("-inf"), tl.float32)
                 b_sum = tl.zeros_like(b_sum)
                 b_out = tl.zeros([BM, BV], tl.float32)
-            if USE_WINDOW or flags % 4 < 2:
+            if USE_WINDOW or flags & UNMASKED == 0:
                 i_p = _rows(p_rows, p_chunk, o_r, G)
                 o_p = tl.load(plan + W + i_p, mask=i_p >= 0, other=0)
-                first = _of_chunk(p_chunk, o_n, 2, COLUMNS, CHUNK) + o_t
-                rows_for = _of_chunk(p_chunk, o_n, 5, COLUMNS, CHUNK)
+                first = _of_chunk(p_chunk, o_n, POSITION, CHUNK) + o_t
+                rows_for = _of_chunk(p_chunk, o_n, FOR_ROWS, CHUNK)
                 o_q = (o_r // G)[:, None]
                 m_s = (o_t < keys)[None, :] & (first[None, :] <= o_p[:, None])
                 if rows_for.type.is_block():
                     rows_for = rows_for[None, :]
-                m_s = m_s & (o_q >= (rows_for & 65535)) & (o_q < (rows_for >> 16))
+                m_s = m_s & (o_q >= (rows_for & FIRST_MASK)) & (o_q < (rows_for >> END_BIT))
                 if USE_WINDOW:
                     m_s = m_s & (first[None, :] > o_p[:, None] - window)
                 b_s = tl.where(m_s, b_s, float("-inf"))
@@ -364,7 +390,11 @@ def forward_kernel(
             b_max = b_new
 
         p_old = p_first + (steps - 1) * STEP
-        old_row, old_slot, old_rows = tl.load(p_old + 6), tl.load(p_old + 7), tl.load(p_old + 8)
+        old_row, old_slot, old_rows = (
+            tl.load(p_old + ROW),
+            tl.load(p_old + SLOT),
+            tl.load(p_old + FLAGS),
+        )
         _finish(
             old_row, old_slot, old_rows, p_rows, o_r, i_hq, b_max,
             tl.sum(b_sum, 1) if STREAM_Q else b_sum,
@@ -418,13 +448,13 @@ def forward(
     pdl = q.is_cuda and major >= 9
     call = _Call(
         q, k_pages, v_pages, plan, out, partial, lse, sinks,
-        qk_scale=scale if softcap is not None else scale * 1.4426950408889634,
+        qk_scale=scale if softcap is not None else scale * LOG2E.value,
         softcap=softcap or 0.0, width=width, strides=(row_stride, q.stride(1)),
     )  # fmt: skip
     machine = Machine.gpu(processors, heads, major)
     constants = dict(
         H=kv_heads, G=heads.group, K=key_dim, V=value_dim, P=page_size,
-        COLUMNS=COLUMNS["chunks"], LANES=aligned(len(machine.shapes) * COLUMNS["shapes"]),
+        QUEUES=aligned(len(machine.shapes) * COLUMNS["shapes"]),
         USE_SOFTCAP=softcap is not None, USE_SINKS=sinks is not None,
     )  # fmt: skip
     if on_hopper:

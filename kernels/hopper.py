@@ -25,6 +25,37 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from pat_hf.kernels.constants import (
+    BLOCK_COLUMNS,
+    BLOCK_END_CHUNK,
+    BLOCK_END_ROW,
+    BLOCK_ROW,
+    BLOCK_TURNS,
+    BLOCKS_AT,
+    CHUNK_COLUMNS,
+    CHUNKS_AT,
+    END_BIT,
+    FIRST_MASK,
+    FLAGS,
+    FOR_ROWS,
+    FURTHEST,
+    LOG2E,
+    ORIGIN,
+    POSITION,
+    QUEUE_BLOCK,
+    QUEUE_CHUNK,
+    QUEUE_COLUMNS,
+    QUEUE_END_ROW,
+    QUEUE_ROW,
+    QUEUE_TURNS,
+    QUEUES_SIZE,
+    ROWS_AT,
+    SEEN,
+    SLOT,
+    TOKENS,
+    UNMASKED,
+)
+
 # Triton 3.6 has other names for them.
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 async_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
@@ -34,8 +65,8 @@ reinterpret = memory.reinterpret if hasattr(memory, "reinterpret") else memory._
 
 STAGES = 4  # steps whose keys, and values, are held or under way; 2 or 4, see `_wait`
 ALONE = gl.constexpr(2)  # steps up to which a block of few rows is one group's
-# A thread's: at the start, and of those that compute, two thirds of all; the others have what these
-# leave, up to 40. The merge's programs start in what is left of a multiprocessor's.
+# Registers of a thread: at the launch, and of the two groups that compute; the warps that copy have
+# 24 to 40. The merge's programs start in what is left of a multiprocessor's.
 REGISTERS = 152, 208
 TILE = gl.NVMMASharedLayout(128, 16, 2)  # of 64 columns, that are copied at once
 ROWS = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))  # of 64 columns, in memory
@@ -78,8 +109,8 @@ def pitches(k_pages: torch.Tensor, v_pages: torch.Tensor) -> dict[str, int]:
 
 
 @gluon.jit
-def _touch(p):
-    """Has what lies at p on its way."""
+def _prefetch(p):
+    """Has the cache line at p fetched."""
     gl.inline_asm_elementwise(
         "prefetch.global.L1 [$1]; mov.b32 $0, 0;", "=r,l", [p], dtype=gl.int32, is_pure=False,
         pack=1,
@@ -95,40 +126,40 @@ def _wait(bars, n, flip: gl.constexpr = 0):
 
 
 @gluon.jit
-def _produce(
+def _load_kv(
     desc,
     tiles,
-    ready,
-    free,
+    full,
+    empty,
     plan,
     W,
     H: gl.constexpr,
     P: gl.constexpr,
     PAGE: gl.constexpr,
     HEAD: gl.constexpr,
-    LANES: gl.constexpr,
-    COLUMNS: gl.constexpr,
+    QUEUES: gl.constexpr,
 ):
-    """Copies keys, or values, of the program's lanes."""
+    """Copies keys, or values, of the program's queues."""
     CHUNK: gl.constexpr = desc.block_type.shape[0]
     CHUNKS: gl.constexpr = tiles.shape[1] // CHUNK
     STAGES: gl.constexpr = tiles.shape[0]
     BYTES: gl.constexpr = tiles.shape[1] * tiles.shape[2] * 2
-    p_lanes = plan + 2 * W + LANES
-    p_chunks = plan + gl.load(plan + 8)
-    lanes = gl.load(plan + 7) // 5 - 1
+    p_queues = plan + 2 * W + QUEUES
+    p_chunks = plan + gl.load(plan + CHUNKS_AT)
+    queues = gl.load(plan + QUEUES_SIZE) // QUEUE_COLUMNS - 1
     n = 0
-    for i_j in range(gl.program_id(0), lanes * H, gl.num_programs(0)):
+    for i_j in range(gl.program_id(0), queues * H, gl.num_programs(0)):
         i_h = i_j % H
-        p_lane = p_lanes + i_j // H * 5
-        for i_c in range(gl.load(p_lane), gl.load(p_lane + 5), CHUNKS):
-            p_chunk = p_chunks + i_c * COLUMNS
+        p_queue = p_queues + i_j // H * QUEUE_COLUMNS
+        p_end = p_queue + QUEUE_COLUMNS
+        for i_c in range(gl.load(p_queue + QUEUE_CHUNK), gl.load(p_end + QUEUE_CHUNK), CHUNKS):
+            p_chunk = p_chunks + i_c * CHUNK_COLUMNS
             stage = n & (STAGES - 1)
-            bar = ready.index(stage)
-            _wait(free, n, 1)
+            bar = full.index(stage)
+            _wait(empty, n, 1)
             mbarrier.expect(bar, BYTES)
             for c in gl.static_range(CHUNKS):
-                where = gl.load(p_chunk + c * COLUMNS)
+                where = gl.load(p_chunk + c * CHUNK_COLUMNS)
                 row = where // P * PAGE + i_h * HEAD + where % P
                 to = tiles.index(stage).slice(c * CHUNK, CHUNK)
                 for part in gl.static_range(tiles.shape[2] // 64):
@@ -138,11 +169,22 @@ def _produce(
 
 @gluon.jit
 def _whose(count, steps, turn, GROUP: gl.constexpr):
-    """Whose a block is: rows are halved, steps shared, or the group's whose turn it is."""
+    """How the groups divide a block: whether each has half of the rows (or else every other step),
+    whether one has it alone, and whether this group has a part in it."""
     wide = (count > 64).to(gl.int32)
     alone = (count <= 64) & (steps <= ALONE)
     mine = ((turn & 1) == GROUP) | (alone == 0)
     return wide, alone, mine
+
+
+@gluon.jit
+def _next_block(p_blocks, i_b):
+    """The first chunk, first and end row, and first chunk in turns of the block behind i_b; behind
+    the last one of all, what is read is of another table, and not used."""
+    p_block = p_blocks + i_b * BLOCK_COLUMNS
+    p_next = p_block + BLOCK_COLUMNS
+    begin, turns = gl.load(p_block + BLOCK_END_CHUNK), gl.load(p_next + BLOCK_TURNS)
+    return begin, gl.load(p_next + BLOCK_ROW), gl.load(p_next + BLOCK_END_ROW), turns
 
 
 @gluon.jit
@@ -192,7 +234,7 @@ def _copy_queries(
 
 
 @gluon.jit
-def _fetch(
+def _load_q(
     GROUP: gl.constexpr,
     q,
     plan,
@@ -201,44 +243,41 @@ def _fetch(
     sq_h,
     tile,
     numbers,
-    ready,
-    free,
+    full,
+    empty,
     H: gl.constexpr,
     G: gl.constexpr,
     K: gl.constexpr,
     CHUNKS: gl.constexpr,
-    LANES: gl.constexpr,
-    COLUMNS: gl.constexpr,
+    QUEUES: gl.constexpr,
 ):
     """Copies the queries of a group's blocks, and their rows' numbers and positions."""
-    p_lanes = plan + 2 * W + LANES
-    p_blocks = plan + gl.load(plan + 10)
-    p_rows = plan + gl.load(plan + 12)
-    lanes = gl.load(plan + 7) // 5 - 1
+    p_queues = plan + 2 * W + QUEUES
+    p_blocks = plan + gl.load(plan + BLOCKS_AT)
+    p_rows = plan + gl.load(plan + ROWS_AT)
+    queues = gl.load(plan + QUEUES_SIZE) // QUEUE_COLUMNS - 1
     n = 0
     turn = 0
-    for i_j in range(gl.program_id(0), lanes * H, gl.num_programs(0)):
+    for i_j in range(gl.program_id(0), queues * H, gl.num_programs(0)):
         i_h = i_j % H
-        p_lane = p_lanes + i_j // H * 5
-        next_begin = gl.load(p_lane)
-        next_row, next_end = gl.load(p_lane + 2), gl.load(p_lane + 3)
-        for i_b in range(gl.load(p_lane + 1), gl.load(p_lane + 6)):
+        p_queue = p_queues + i_j // H * QUEUE_COLUMNS
+        p_end = p_queue + QUEUE_COLUMNS
+        next_begin = gl.load(p_queue + QUEUE_CHUNK)
+        next_row, next_end = gl.load(p_queue + QUEUE_ROW), gl.load(p_queue + QUEUE_END_ROW)
+        for i_b in range(gl.load(p_queue + QUEUE_BLOCK), gl.load(p_end + QUEUE_BLOCK)):
             row, begin = next_row, next_begin
             count = (next_end - row) * G
-            # Of the last block of all it is another table that is read, to no end.
-            p_block = p_blocks + i_b * 5
-            next_begin = gl.load(p_block + 3)
-            next_row, next_end = gl.load(p_block + 5), gl.load(p_block + 6)
+            next_begin, next_row, next_end, _ = _next_block(p_blocks, i_b)
             wide, alone, mine = _whose(count, (next_begin - begin) // CHUNKS, turn, GROUP)
             turn += alone.to(gl.int32)
             if mine:
                 i_n = (n & 1) * 2
-                mbarrier.wait(free.index(0), (n & 1) ^ 1)
+                mbarrier.wait(empty.index(0), (n & 1) ^ 1)
                 _copy_queries(
                     q, p_rows + row, wide * (64 * GROUP), count, i_h, plan + W, sq_r, sq_h,
                     tile, numbers.index(i_n), numbers.index(i_n + 1), G, K,
                 )  # fmt: skip
-                mbarrier.arrive(ready.index(0), count=1)
+                mbarrier.arrive(full.index(0), count=1)
                 n += 1
 
 
@@ -251,7 +290,7 @@ def _scores(queries, k_tile, S: gl.constexpr):
 
 @gluon.jit
 def _release(bar, wide):
-    """A stage is free once both groups are through with it, or the one whose step it is."""
+    """A stage is empty once both groups are through with it, or the one whose step it is."""
     barrier()
     if wide > 0:
         mbarrier.arrive(bar, count=1)
@@ -260,12 +299,12 @@ def _release(bar, wide):
 
 
 @gluon.jit
-def _bounds(p_chunk, CHUNKS: gl.constexpr, COLUMNS: gl.constexpr):
+def _bounds(p_chunk, CHUNKS: gl.constexpr):
     """What bounds each chunk of a step: its tokens, the first's position, the rows it is for."""
     bounds = ()
     for c in gl.static_range(CHUNKS):
-        p_c = p_chunk + c * COLUMNS
-        bounds = bounds + (gl.load(p_c + 1), gl.load(p_c + 2), gl.load(p_c + 5))
+        p_c = p_chunk + c * CHUNK_COLUMNS
+        bounds = bounds + (gl.load(p_c + TOKENS), gl.load(p_c + POSITION), gl.load(p_c + FOR_ROWS))
     return bounds
 
 
@@ -281,7 +320,7 @@ def _sums(b_p):
 
 
 @gluon.jit
-def _weights(
+def _softmax(
     b_s,
     b_max,
     b_sum,
@@ -301,16 +340,14 @@ def _weights(
     c_scale = 1.0 if USE_SOFTCAP else qk_scale
     if USE_SOFTCAP:
         b_s = b_s * qk_scale
-        b_s = (1.0 - 2.0 / (1.0 + gl.exp2(b_s * (2.8853900817779268 / softcap)))) * (
-            softcap * 1.4426950408889634
-        )
-    if flags & 2 == 0:
+        b_s = (1.0 - 2.0 / (1.0 + gl.exp2(b_s * (2 * LOG2E / softcap)))) * (softcap * LOG2E)
+    if flags & UNMASKED == 0:
         # Of each chunk a row sees the first tokens: one bound takes in all there is to mind.
         b_end = gl.full([64, 1], 0, gl.int32, S)
         for c in gl.static_range(o_n.shape[0] // CHUNK):
             tokens, start, rows = bounds[3 * c], bounds[3 * c + 1], bounds[3 * c + 2]
             r_end = gl.minimum(tokens, o_p - start + 1) + c * CHUNK
-            r_end = gl.where((o_q >= (rows & 65535)) & (o_q < (rows >> 16)), r_end, 0)
+            r_end = gl.where((o_q >= (rows & FIRST_MASK)) & (o_q < (rows >> END_BIT)), r_end, 0)
             b_end = gl.where((o_n >= c * CHUNK)[None, :], r_end[:, None], b_end)
         m_s = o_n[None, :] < b_end
         b_s = gl.where(m_s, b_s, float("-inf"))
@@ -323,7 +360,7 @@ def _weights(
 
 
 @gluon.jit
-def _clear_unread(v_tiles, stage, p_chunk, advance, CHUNK: gl.constexpr, COLUMNS: gl.constexpr):
+def _clear_unread(v_tiles, stage, p_chunk, advance, CHUNK: gl.constexpr):
     """Values that no row sees may be anything, and 0 * NaN is NaN.
 
     Where both groups read a step, both do this to it, and write the same.
@@ -332,8 +369,8 @@ def _clear_unread(v_tiles, stage, p_chunk, advance, CHUNK: gl.constexpr, COLUMNS
     BW: gl.constexpr = v_tiles.shape[2] // 2
     words = reinterpret(v_tiles, gl.int32, [v_tiles.shape[0], BN, BW], WORDS).index(stage)
     o_n = gl.arange(0, BN, layout=gl.SliceLayout(1, WORD_ROWS))
-    p_n = p_chunk + o_n // CHUNK * COLUMNS
-    seen = gl.minimum(gl.load(p_n + 3) + advance, gl.load(p_n + 1))
+    p_n = p_chunk + o_n // CHUNK * CHUNK_COLUMNS
+    seen = gl.minimum(gl.load(p_n + FURTHEST) + advance, gl.load(p_n + TOKENS))
     for part in gl.static_range(BW // 32):
         tile = words.slice(part * 32, 32, dim=1)
         tile.store(gl.where((o_n % CHUNK < seen)[:, None], tile.load(WORD_ROWS), 0))
@@ -359,20 +396,19 @@ def _attend(
     numbers,
     k_tiles,
     v_tiles,
-    q_ready,
-    q_free,
-    k_ready,
-    k_free,
-    v_ready,
-    v_free,
-    spare,
+    q_full,
+    q_empty,
+    k_full,
+    k_empty,
+    v_full,
+    v_empty,
+    o_tiles,
     other_rows,
     room,
     sent,
     taken,
     G: gl.constexpr,
     CHUNK: gl.constexpr,
-    COLUMNS: gl.constexpr,
     USE_SOFTCAP: gl.constexpr,
 ):
     """A group's share of a block, of `steps` steps from p_chunk on: maxima, base 2, sums, results
@@ -386,7 +422,7 @@ def _attend(
     BV: gl.constexpr = v_tiles.shape[2]
     STAGES: gl.constexpr = k_tiles.shape[0]
     CHUNKS: gl.constexpr = BN // CHUNK
-    STEP: gl.constexpr = CHUNKS * COLUMNS
+    STEP: gl.constexpr = CHUNKS * CHUNK_COLUMNS
     S: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BV, 16])
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S)
@@ -395,7 +431,7 @@ def _attend(
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     o_m = gl.arange(0, 64, layout=S_ROWS)
     o_n = gl.arange(0, BN, layout=gl.SliceLayout(0, S))
-    other_out = reinterpret(spare, gl.float32, [64, BV], WORDS)
+    other_out = reinterpret(o_tiles, gl.float32, [64, BV], WORDS)
     first = wide * (64 * GROUP)
     shared = (wide == 0) & (alone == 0)
     # So many steps at first are this group's, and every other of those behind.
@@ -408,25 +444,25 @@ def _attend(
     b_sum = gl.full([64, 2], 0.0, gl.float32, SUMS)
     b_out = gl.full([64, BV], 0.0, gl.float32, OUT)
     if meets:
-        # This group is through with all blocks before, and `spare` with them.
+        # This group is through with all blocks before, and `o_tiles` with them.
         if GROUP == 0:
             barrier()
             mbarrier.arrive(room.index(0), count=1)
-    mbarrier.wait(q_ready.index(0), done & 1)
+    mbarrier.wait(q_full.index(0), done & 1)
     at = n + i
     p_chunk += i * STEP
-    flags, bounds = gl.load(p_chunk + 8), _bounds(p_chunk, CHUNKS, COLUMNS)
+    flags, bounds = gl.load(p_chunk + FLAGS), _bounds(p_chunk, CHUNKS)
     queries = q_tile.load(QUERIES)
     o_p = numbers.index(i_n + 1).load(S_ROWS)
     barrier()
-    mbarrier.arrive(q_free.index(0), count=1)
+    mbarrier.arrive(q_empty.index(0), count=1)
     weights = gl.full([64, BN], 0.0, DTYPE, WEIGHTS)
     stage, both = at & (STAGES - 1), wide
     mine = whole + (steps - whole + 1 - GROUP) // 2
     for j in range(mine):
         before, of_both = stage, both
         stage, both = at & (STAGES - 1), wide & (i < whole)
-        _wait(k_ready, at)
+        _wait(k_full, at)
         next_s = _scores(queries, k_tiles.index(stage), S)
         # The first step has no weights yet, and multiplies whatever lies there; the next one's sum
         # begins anew. A first step written out would be 760 instructions that each launch fetches
@@ -435,28 +471,28 @@ def _attend(
             weights, v_tiles.index(before), b_out, use_acc=j > 1, is_async=True
         )
         b_s = warpgroup_mma_wait(1, [next_s])
-        _release(k_free.index(stage), both)
-        b_p, b_max, b_sum, b_old = _weights(
+        _release(k_empty.index(stage), both)
+        b_p, b_max, b_sum, b_old = _softmax(
             b_s, b_max, b_sum, flags, bounds, o_q, o_p, o_n, qk_scale, softcap,
             S, CHUNK, USE_SOFTCAP,
         )  # fmt: skip
         o_old = gl.convert_layout(b_old, O_ROWS)[:, None]
-        _wait(v_ready, at)
+        _wait(v_full, at)
         b_out = warpgroup_mma_wait(0, [next_out]) * o_old
         if j > 0:
-            _release(v_free.index(before), of_both)
+            _release(v_empty.index(before), of_both)
         weights = gl.convert_layout(b_p.to(DTYPE), WEIGHTS)
-        if flags & 4 == 0:
-            _clear_unread(v_tiles, stage, p_chunk, advance, CHUNK, COLUMNS)
+        if flags & SEEN == 0:
+            _clear_unread(v_tiles, stage, p_chunk, advance, CHUNK)
         stride = 1 + (i >= whole).to(gl.int32) + (i + 1 == whole).to(gl.int32) * GROUP
         stride *= (j + 1 < mine).to(gl.int32)
         at += stride
         i += stride
         p_chunk += stride * STEP
-        flags, bounds = gl.load(p_chunk + 8), _bounds(p_chunk, CHUNKS, COLUMNS)
+        flags, bounds = gl.load(p_chunk + FLAGS), _bounds(p_chunk, CHUNKS)
     next_out = warpgroup_mma(weights, v_tiles.index(stage), b_out, use_acc=mine > 1, is_async=True)
     b_out = warpgroup_mma_wait(0, [next_out])
-    _release(v_free.index(stage), both)
+    _release(v_empty.index(stage), both)
 
     f_max = gl.convert_layout(b_max, O_ROWS)
     f_sum = gl.convert_layout(gl.sum(b_sum, 1), O_ROWS)
@@ -503,14 +539,14 @@ def _write(
     lse,
     sinks,
     numbers,
-    spare,
+    o_tiles,
     H: gl.constexpr,
     G: gl.constexpr,
     V: gl.constexpr,
     USE_SINKS: gl.constexpr,
 ):
     """Writes what `_attend` gives, of a block's rows from `first` on: results, or partials."""
-    BV: gl.constexpr = spare.shape[2]
+    BV: gl.constexpr = o_tiles.shape[2]
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BV, 16])
     o_f = gl.arange(0, 64, layout=gl.SliceLayout(1, OUT))
     o_b = first + o_f
@@ -520,7 +556,7 @@ def _write(
         if slot < 0:
             p_sink = sinks + i_h * G + o_b % G
             b_sink = gl.load(p_sink, mask=m_f, other=0.0).to(gl.float32)
-            b_sink = b_sink * 1.4426950408889634
+            b_sink = b_sink * LOG2E
             f_top = gl.maximum(f_max, b_sink)
             f_ref = gl.where(f_top == float("-inf"), 0.0, f_top)
             f_old = gl.exp2(f_max - f_ref)
@@ -537,8 +573,8 @@ def _write(
     else:
         # By way of shared memory, for lines to be written whole: Triton's own for changes of layout
         # would be the same for both groups.
-        tile = spare.index(GROUP)
-        tile.store(b_out.to(spare.dtype))
+        tile = o_tiles.index(GROUP)
+        tile.store(b_out.to(o_tiles.dtype))
         barrier()
         o_x = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS))
         i_r = numbers.load(gl.SliceLayout(1, ROWS))
@@ -552,7 +588,7 @@ def _write(
 
 
 @gluon.jit
-def _consume(
+def _compute(
     GROUP: gl.constexpr,
     plan,
     out,
@@ -566,13 +602,13 @@ def _consume(
     numbers,
     k_tiles,
     v_tiles,
-    q_ready,
-    q_free,
-    k_ready,
-    k_free,
-    v_ready,
-    v_free,
-    spare,
+    q_full,
+    q_empty,
+    k_full,
+    k_empty,
+    v_full,
+    v_empty,
+    o_tiles,
     other_rows,
     room,
     sent,
@@ -583,38 +619,34 @@ def _consume(
     G: gl.constexpr,
     V: gl.constexpr,
     CHUNK: gl.constexpr,
-    LANES: gl.constexpr,
-    COLUMNS: gl.constexpr,
+    QUEUES: gl.constexpr,
     USE_SOFTCAP: gl.constexpr,
     USE_SINKS: gl.constexpr,
 ):
     """One of the two groups that compute."""
     CHUNKS: gl.constexpr = k_tiles.shape[1] // CHUNK
-    p_lanes = plan + 2 * W + LANES
-    p_chunks = plan + gl.load(plan + 8)
-    p_blocks = plan + gl.load(plan + 10)
-    advance = gl.load(plan + W) - gl.load(plan + 3)
-    lanes = gl.load(plan + 7) // 5 - 1
+    p_queues = plan + 2 * W + QUEUES
+    p_chunks = plan + gl.load(plan + CHUNKS_AT)
+    p_blocks = plan + gl.load(plan + BLOCKS_AT)
+    advance = gl.load(plan + W) - gl.load(plan + ORIGIN)
+    queues = gl.load(plan + QUEUES_SIZE) // QUEUE_COLUMNS - 1
     n = 0  # steps of this program so far
     done = 0  # blocks of this group
-    split = 0  # blocks of which the groups had different steps, some at least
+    split = 0  # blocks of which the groups had different steps: phases of `room`, `sent`, `taken`
     turn = 0  # blocks of one group alone
-    for i_j in range(gl.program_id(0), lanes * H, gl.num_programs(0)):
+    for i_j in range(gl.program_id(0), queues * H, gl.num_programs(0)):
         i_h = i_j % H
-        p_lane = p_lanes + i_j // H * 5
-        next_begin = gl.load(p_lane)
-        next_row, next_end = gl.load(p_lane + 2), gl.load(p_lane + 3)
-        next_turns = gl.load(p_lane + 4)
-        for i_b in range(gl.load(p_lane + 1), gl.load(p_lane + 6)):
+        p_queue = p_queues + i_j // H * QUEUE_COLUMNS
+        p_end = p_queue + QUEUE_COLUMNS
+        next_begin = gl.load(p_queue + QUEUE_CHUNK)
+        next_row, next_end = gl.load(p_queue + QUEUE_ROW), gl.load(p_queue + QUEUE_END_ROW)
+        next_turns = gl.load(p_queue + QUEUE_TURNS)
+        for i_b in range(gl.load(p_queue + QUEUE_BLOCK), gl.load(p_end + QUEUE_BLOCK)):
             row, begin, turns = next_row, next_begin, next_turns
             count = (next_end - row) * G
-            p_chunk = p_chunks + begin * COLUMNS
-            slot = gl.load(p_chunk + 7)
-            # Of the last block of all it is another table that is read, to no end.
-            p_block = p_blocks + i_b * 5
-            next_begin = gl.load(p_block + 3)
-            next_row, next_end = gl.load(p_block + 5), gl.load(p_block + 6)
-            next_turns = gl.load(p_block + 9)
+            p_chunk = p_chunks + begin * CHUNK_COLUMNS
+            slot = gl.load(p_chunk + SLOT)
+            next_begin, next_row, next_end, next_turns = _next_block(p_blocks, i_b)
             steps = (next_begin - begin) // CHUNKS
             wide, alone, mine = _whose(count, steps, turn, GROUP)
             # Parities tell a step from the one before it only, so each group knows of all steps
@@ -622,8 +654,8 @@ def _consume(
             if alone:
                 if mine:
                     for i in range(steps):
-                        _wait(k_ready, n + i)
-                        _wait(v_ready, n + i)
+                        _wait(k_full, n + i)
+                        _wait(v_full, n + i)
                     barrier()
                     mbarrier.arrive(my_turn.index(0), count=1)
                 else:
@@ -633,13 +665,13 @@ def _consume(
                 f_max, f_sum, b_out, split = _attend(
                     GROUP, p_chunk, n, steps, (turns - begin) // CHUNKS, wide, alone, done, split,
                     advance, qk_scale, softcap, q_tile, numbers, k_tiles, v_tiles,
-                    q_ready, q_free, k_ready, k_free, v_ready, v_free,
-                    spare, other_rows, room, sent, taken, G, CHUNK, COLUMNS, USE_SOFTCAP,
+                    q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                    o_tiles, other_rows, room, sent, taken, G, CHUNK, USE_SOFTCAP,
                 )  # fmt: skip
                 if (GROUP == 0) | (wide > 0) | alone:
                     _write(
                         GROUP, f_max, f_sum, b_out, slot, i_h, wide * (64 * GROUP), count,
-                        out, partial, lse, sinks, numbers.index((done & 1) * 2), spare,
+                        out, partial, lse, sinks, numbers.index((done & 1) * 2), o_tiles,
                         H, G, V, USE_SINKS,
                     )  # fmt: skip
                 done += 1
@@ -671,15 +703,14 @@ def hopper_kernel(
     K: gl.constexpr,
     V: gl.constexpr,
     P: gl.constexpr,
-    LANES: gl.constexpr,
-    COLUMNS: gl.constexpr,
+    QUEUES: gl.constexpr,
     BN: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
     USE_SOFTCAP: gl.constexpr,
     USE_SINKS: gl.constexpr,
 ):
-    """Lanes of all shapes; as `forward_kernel`, but for
+    """Queues of all shapes; as `forward_kernel`, but for
 
     Args:
         k_desc, v_desc: of K and V as [any, K or V], in boxes of a chunk's rows and 64 columns.
@@ -690,10 +721,10 @@ def hopper_kernel(
     # While the barriers are made, what all warps are going to read first is on its way, and all of
     # the plan to the L2, where programs share it: a line a thread.
     thread = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    _touch(plan + gl.minimum((gl.program_id(0) * 128 + thread) * 32, SIZE - 1))
-    _touch(plan)
-    _touch(plan + W)
-    _touch(plan + 2 * W + LANES + gl.program_id(0) // H * 5)
+    _prefetch(plan + gl.minimum((gl.program_id(0) * 128 + thread) * 32, SIZE - 1))
+    _prefetch(plan)
+    _prefetch(plan + W)
+    _prefetch(plan + 2 * W + QUEUES + gl.program_id(0) // H * QUEUE_COLUMNS)
     DTYPE: gl.constexpr = q.dtype.element_ty
     CHUNK: gl.constexpr = k_desc.block_type.shape[0]
     BK: gl.constexpr = (K + 63) // 64 * 64
@@ -709,30 +740,30 @@ def hopper_kernel(
     k_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, BN, BK], LAYOUT)
     v_tiles = gl.allocate_shared_memory(DTYPE, [STAGES, BN, BV], LAYOUT)
     # Each group's results on their way out, or one's on their way to the other.
-    spare = gl.allocate_shared_memory(DTYPE, [2, 64, BV], LAYOUT)
+    o_tiles = gl.allocate_shared_memory(DTYPE, [2, 64, BV], LAYOUT)
     other_rows = gl.allocate_shared_memory(gl.float32, [2, 64], PLAIN)
-    k_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    v_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
-    l_ready = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
-    l_free = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
-    r_ready = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
-    r_free = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    l_full = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
+    l_empty = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
+    r_full = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
+    r_empty = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     room = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     sent = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     taken = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     l_turn = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     r_turn = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_ready.index(i), count=1)
-        mbarrier.init(k_free.index(i), count=2)
-        mbarrier.init(v_ready.index(i), count=1)
-        mbarrier.init(v_free.index(i), count=2)
-    mbarrier.init(l_ready.index(0), count=1)
-    mbarrier.init(l_free.index(0), count=1)
-    mbarrier.init(r_ready.index(0), count=1)
-    mbarrier.init(r_free.index(0), count=1)
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=2)
+    mbarrier.init(l_full.index(0), count=1)
+    mbarrier.init(l_empty.index(0), count=1)
+    mbarrier.init(r_full.index(0), count=1)
+    mbarrier.init(r_empty.index(0), count=1)
     mbarrier.init(room.index(0), count=1)
     mbarrier.init(sent.index(0), count=1)
     mbarrier.init(taken.index(0), count=1)
@@ -742,45 +773,45 @@ def hopper_kernel(
     gl.warp_specialize(
         [
             (
-                _consume,
+                _compute,
                 (
                     0, plan, out, partial, lse, sinks, qk_scale, softcap, W,
                     q_left, n_left, k_tiles, v_tiles,
-                    l_ready, l_free, k_ready, k_free, v_ready, v_free,
-                    spare, other_rows, room, sent, taken, l_turn, r_turn,
-                    H, G, V, CHUNK, LANES, COLUMNS, USE_SOFTCAP, USE_SINKS,
+                    l_full, l_empty, k_full, k_empty, v_full, v_empty,
+                    o_tiles, other_rows, room, sent, taken, l_turn, r_turn,
+                    H, G, V, CHUNK, QUEUES, USE_SOFTCAP, USE_SINKS,
                 ),
             ),
             (
-                _consume,
+                _compute,
                 (
                     1, plan, out, partial, lse, sinks, qk_scale, softcap, W,
                     q_right, n_right, k_tiles, v_tiles,
-                    r_ready, r_free, k_ready, k_free, v_ready, v_free,
-                    spare, other_rows, room, sent, taken, r_turn, l_turn,
-                    H, G, V, CHUNK, LANES, COLUMNS, USE_SOFTCAP, USE_SINKS,
+                    r_full, r_empty, k_full, k_empty, v_full, v_empty,
+                    o_tiles, other_rows, room, sent, taken, r_turn, l_turn,
+                    H, G, V, CHUNK, QUEUES, USE_SOFTCAP, USE_SINKS,
                 ),
             ),
             (
-                _produce,
-                (k_desc, k_tiles, k_ready, k_free, plan, W, H, P, KP, KH, LANES, COLUMNS),
+                _load_kv,
+                (k_desc, k_tiles, k_full, k_empty, plan, W, H, P, KP, KH, QUEUES),
             ),
             (
-                _produce,
-                (v_desc, v_tiles, v_ready, v_free, plan, W, H, P, VP, VH, LANES, COLUMNS),
+                _load_kv,
+                (v_desc, v_tiles, v_full, v_empty, plan, W, H, P, VP, VH, QUEUES),
             ),
             (
-                _fetch,
+                _load_q,
                 (
-                    0, q, plan, W, sq_r, sq_h, q_left, n_left, l_ready, l_free,
-                    H, G, K, BN // CHUNK, LANES, COLUMNS,
+                    0, q, plan, W, sq_r, sq_h, q_left, n_left, l_full, l_empty,
+                    H, G, K, BN // CHUNK, QUEUES,
                 ),
             ),
             (
-                _fetch,
+                _load_q,
                 (
-                    1, q, plan, W, sq_r, sq_h, q_right, n_right, r_ready, r_free,
-                    H, G, K, BN // CHUNK, LANES, COLUMNS,
+                    1, q, plan, W, sq_r, sq_h, q_right, n_right, r_full, r_empty,
+                    H, G, K, BN // CHUNK, QUEUES,
                 ),
             ),
         ],

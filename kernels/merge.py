@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from pat_hf.kernels.constants import LOG2E, MERGE_PTR_AT, MERGE_ROWS_AT, MERGE_ROWS_SIZE, SLOTS_AT
+
 
 @triton.jit
 def _slots(p_slots, i_s, end):
@@ -50,13 +52,13 @@ def merge_kernel(
         out: [rows, HQ, V]; rows that one block wrote are left alone.
     """
     i_m = tl.program_id(0)
-    if i_m < tl.load(plan + 17):
+    if i_m < tl.load(plan + MERGE_ROWS_SIZE):
         o_h = tl.program_id(1) * BH + tl.arange(0, BH)
         o_v = tl.arange(0, BV)
         m_h = o_h < HQ
-        i_r = tl.load(plan + tl.load(plan + 16) + i_m).to(tl.int64)
-        p_ptr = plan + tl.load(plan + 18) + i_m
-        p_slots = plan + tl.load(plan + 14)
+        i_r = tl.load(plan + tl.load(plan + MERGE_ROWS_AT) + i_m).to(tl.int64)
+        p_ptr = plan + tl.load(plan + MERGE_PTR_AT) + i_m
+        p_slots = plan + tl.load(plan + SLOTS_AT)
         begin, end = tl.load(p_ptr), tl.load(p_ptr + 1)
         s_0, s_1, s_2, s_3 = _slots(p_slots, begin, end)
         if USE_PDL:
@@ -64,7 +66,7 @@ def merge_kernel(
         b_max = tl.full([BH], float("-inf"), tl.float32)
         b_sum = tl.zeros([BH], tl.float32)
         if USE_SINKS:
-            b_max = tl.load(sinks + o_h, mask=m_h, other=0.0).to(tl.float32) * 1.4426950408889634
+            b_max = tl.load(sinks + o_h, mask=m_h, other=0.0).to(tl.float32) * LOG2E
             b_sum += 1.0
         b_out = tl.zeros([BH, BV], tl.float32)
         # Four at a time: their loads are in flight together.

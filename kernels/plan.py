@@ -15,9 +15,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-_TABLES = ("shapes", "lanes", "chunks", "blocks", "rows", "slots", "merge_rows", "merge_ptr")
-COLUMNS = {"shapes": 6, "lanes": 5, "chunks": 9, "blocks": 5}
-_HEADER = 4 + 2 * len(_TABLES)
+TABLES = ("shapes", "queues", "chunks", "blocks", "rows", "slots", "merge_rows", "merge_ptr")
+COLUMNS = {"shapes": 6, "queues": 5, "chunks": 9, "blocks": 5}
+_HEADER = 4 + 2 * len(TABLES)
 _ALIGN = 64
 _CHUNK = 32  # tokens; more waste more of a tile where nodes are short
 _NOWHERE, _FAR = -(1 << 30), 1 << 30
@@ -116,7 +116,7 @@ class Machine:
     def gpu(processors: int, heads: Heads, major: int) -> Machine:
         """As many programs as the kernels have resident on `processors` multiprocessors.
 
-        On Hopper, layers with windows have kernels of their own, and programs without a lane.
+        On Hopper, layers with windows have kernels of their own, and programs without a queue.
         Costs there are those that were fastest on an H200; elsewhere they are estimates.
 
         Args:
@@ -186,14 +186,14 @@ class Tables(NamedTuple):
 
     A chunk is some tokens of one node, in one page. A block is the attention of some query rows to
     the chunks of one or more nodes, each of which is for a range of its rows; a step is what is
-    computed at once, of as many chunks as make a KV tile. A lane is the steps that a program runs
+    computed at once, of as many chunks as make a KV tile. A queue is the steps that a program runs
     one after another, for one KV head: those of whole blocks.
 
     Attributes:
-        shapes: [S, 6], for each of the machine's: m, n, first block, end block, first lane, end
-            lane. Blocks and lanes are sorted by shape.
-        lanes: [L+1, 5] first chunk, first block; those of the next lane end it. And of that block:
-            first row, end row, first chunk in turns.
+        shapes: [S, 6], for each of the machine's: m, n, first block, end block, first queue, end
+            queue. Blocks and queues are sorted by shape.
+        queues: [L+1, 5] first chunk, first block; those of the next queue end it. And of that
+            block: first row, end row, first chunk in turns.
         chunks: [T, 9] its place, page times page size plus slot; tokens; position of the first;
             tokens up to the furthest position of the rows that it is for, and up to the hindmost,
             as planned, whether they are in the chunk or not; those rows, first + end << 16, in the
@@ -214,7 +214,7 @@ class Tables(NamedTuple):
     """
 
     shapes: np.ndarray
-    lanes: np.ndarray
+    queues: np.ndarray
     chunks: np.ndarray
     blocks: np.ndarray
     rows: np.ndarray
@@ -237,7 +237,7 @@ class Plan:
         0, 1, 2             query rows, partials, page size
         3                   the position of row 0 as planned: how far all have advanced since
         4 + 2 i, 5 + 2 i    offset in the tensor and size, in elements, of table i of
-                            shapes, lanes, chunks, blocks, rows, slots, merge_rows, merge_ptr
+                            shapes, queues, chunks, blocks, rows, slots, merge_rows, merge_ptr
     """
 
     tables: Tables
@@ -266,7 +266,7 @@ class Plan:
 
     @property
     def _size(self) -> int:
-        return sum(aligned(getattr(self.tables, name).size) for name in _TABLES)
+        return sum(aligned(getattr(self.tables, name).size) for name in TABLES)
 
     def tensor(self, device: torch.device | str) -> torch.Tensor:
         """The plan as the smallest tensor that holds it.
@@ -313,7 +313,7 @@ class Plan:
         flat[3] = positions[0] if len(positions) else 0
         flat[width : width + len(positions)] = positions
         offset = 2 * width
-        for i, name in enumerate(_TABLES):
+        for i, name in enumerate(TABLES):
             table = getattr(self.tables, name)
             flat[4 + 2 * i : 6 + 2 * i] = offset, table.size
             flat[offset : offset + table.size] = table.ravel()
@@ -327,7 +327,7 @@ class Plan:
         flat = tensor.cpu().numpy().reshape(-1)
         header = flat[:_HEADER].tolist()
         tables = []
-        for i, name in enumerate(_TABLES):
+        for i, name in enumerate(TABLES):
             offset, size = header[4 + 2 * i], header[5 + 2 * i]
             table = flat[offset : offset + size]
             tables.append(table.reshape(-1, COLUMNS[name]) if name in COLUMNS else table)
@@ -644,7 +644,7 @@ def _tables(
     chunks[:, 3] = runs.furthest[run] + 1 - first
     chunks[:, 4] = runs.hindmost[run] + 1 - first
 
-    # Lanes are cut from the steps of a shape, blocks from the query tiles where lanes end.
+    # Queues are cut from the steps of a shape, blocks from the query tiles where queues end.
     bounds = np.searchsorted(tiles.shape, np.arange(len(machine.shapes) + 1))
     cut = np.zeros(len(chunks) + 1, bool)
     for i, (shape, a, b) in enumerate(zip(machine.shapes, bounds, bounds[1:], strict=False)):
@@ -654,7 +654,7 @@ def _tables(
             cuts = _cuts(some, programs, shape.least // int(sizes[i]))
             cut[tile_ptr[a] + cuts * (sizes[i] // size)] = True
     cut[-1] = True
-    lanes = np.flatnonzero(cut)
+    queues = np.flatnonzero(cut)
     cut[tile_ptr] = True
     begin = np.flatnonzero(cut[:-1])
     end = np.append(begin[1:], len(chunks))[: len(begin)]
@@ -700,15 +700,15 @@ def _tables(
     shapes[:, 0] = [shape.rows for shape in machine.shapes]
     shapes[:, 1] = sizes
     bounds = tile_ptr[bounds]
-    for column, starts in ((2, begin), (4, lanes)):
+    for column, starts in ((2, begin), (4, queues)):
         at = np.searchsorted(starts, bounds)
         shapes[:, column], shapes[:, column + 1] = at[:-1], at[1:]
     merge_rows = np.flatnonzero(~written)
-    first = np.searchsorted(blocks[:, 2], lanes)
+    first = np.searchsorted(blocks[:, 2], queues)
     of_first = np.append(blocks[:, [0, 1, 4]], [[0, 0, 0]], 0)[first]
     return Tables(
         shapes,
-        np.column_stack([lanes, first, of_first]).astype(np.int32),
+        np.column_stack([queues, first, of_first]).astype(np.int32),
         chunks,
         blocks,
         rows.astype(np.int32),
@@ -721,7 +721,7 @@ def _tables(
 
 
 def _duration(plan: Plan, machine: Machine) -> float:
-    """About how many steps a plan takes on a machine with halves: its longest lane, and a merge."""
+    """About how many steps a plan takes on a machine with halves: the longest queue, a merge."""
     tables = plan.tables
     if not len(tables.blocks):
         return 0
@@ -731,8 +731,8 @@ def _duration(plan: Plan, machine: Machine) -> float:
     turns = np.where(rows * plan.heads.group <= machine.half, chunks, turns)
     steps = (chunks - (1 - machine.narrow) * turns) * machine.chunk(tables.page_size)
     blocks = (steps + shape.start) / shape.tokens
-    lanes = np.repeat(np.add.reduceat(blocks, tables.lanes[:-1, 1]), plan.heads.kv)
-    longest = np.bincount(np.arange(len(lanes)) % shape.programs, lanes).max()
+    queues = np.repeat(np.add.reduceat(blocks, tables.queues[:-1, 1]), plan.heads.kv)
+    longest = np.bincount(np.arange(len(queues)) % shape.programs, queues).max()
     return longest + 2 * (plan.partials > 0)
 
 
@@ -764,24 +764,24 @@ def _turns(
     return np.lexsort((turn, block)), 2 * paired
 
 
-def _cuts(lengths: np.ndarray, lanes: int, least: int) -> np.ndarray:
-    """Cuts query tiles of so many steps, laid end to end, into at most `lanes` even lanes.
+def _cuts(lengths: np.ndarray, queues: int, least: int) -> np.ndarray:
+    """Cuts query tiles of so many steps, laid end to end, into at most `queues` even queues.
 
     A cut may fall inside a tile if it leaves `least` steps on both sides. To begin a tile counts
     as a step.
 
     Returns:
-        int64, where the lanes begin, in steps; the last may be the end, and some of them equal.
+        int64, where the queues begin, in steps; the last may be the end, and some of them equal.
     """
     ends = np.cumsum(lengths + 1)
     total = int(ends[-1])
-    lanes = min(lanes, total)
-    cut = np.arange(lanes) * total // lanes
+    queues = min(queues, total)
+    cut = np.arange(queues) * total // queues
     tile = np.searchsorted(ends, cut, side="right")
     length = lengths[tile]
     begin = ends[tile] - length - 1
     inside = np.minimum(cut - begin, length)
-    if total < lanes * least:  # to cut there at every lane's end would be to cut too often
+    if total < queues * least:  # to cut there at every queue's end would be to cut too often
         pieces = np.maximum(length // least, 1)
         inside = (2 * inside * pieces + length) // (2 * length) * length // pieces
     front = 2 * inside < length

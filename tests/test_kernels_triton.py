@@ -17,7 +17,7 @@ from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from pat_hf.kernels import hopper  # noqa: E402
 from pat_hf.kernels.forward import forward_kernel, tiles  # noqa: E402
-from pat_hf.kernels.plan import COLUMNS, Heads, Machine  # noqa: E402
+from pat_hf.kernels.plan import Heads, Machine  # noqa: E402
 
 CHECK = Path(__file__).parent / "gpu" / "check.py"
 SHARED = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes a multiprocessor, by capability
@@ -74,8 +74,8 @@ def test_shapes_fit_registers_and_shared_memory(capability, dtype, dim, page, fe
 @pytest.mark.parametrize("dims, features", [((128, 128), False), ((64, 96), True)])
 def test_hoppers_kernel_fits_registers_and_shared_memory(dims, features):
     layout, constants = hopper.TILE, {"H": 8, "G": 4, "K": dims[0], "V": dims[1], "P": 32}
-    constants |= {"KP": 8 * 32, "KH": 32, "VP": 8 * 32, "VH": 32, "LANES": 16, "BN": 64}
-    constants |= {"COLUMNS": COLUMNS["chunks"], "STAGES": hopper.STAGES}
+    constants |= {"KP": 8 * 32, "KH": 32, "VP": 8 * 32, "VH": 32, "QUEUES": 16, "BN": 64}
+    constants |= {"STAGES": hopper.STAGES}
     constants |= {"REGISTERS": hopper.REGISTERS[1]}
     constants |= {"USE_SOFTCAP": features, "USE_SINKS": features}
     kinds = {"plan": "*i32", "partial": "*fp32", "lse": "*fp32", "qk_scale": "fp32"}
@@ -123,7 +123,7 @@ def _compile(tile, i, dtype, dim, capability, page=32, features=False, heads=8, 
     constants = {
         **{"H": heads, "G": group, "K": dim, "V": dim, "P": page, **strides},
         **{"sk_t": dim, "sv_t": dim, "SHAPE": i, "ROWS": machine.shapes[i].rows},
-        **{"LANES": 24, "COLUMNS": COLUMNS["chunks"], "CHUNK": machine.chunk(page)},
+        **{"QUEUES": 24, "CHUNK": machine.chunk(page)},
         **{"BM": tile.m, "BN": tile.n, "BK": block, "BV": block, "STREAM_Q": tile.stream_q},
         **{"USE_WINDOW": features, "USE_SOFTCAP": features, "USE_SINKS": features},
         **{"IS_FLOAT32": dtype == "fp32", "USE_PDL": capability >= 90},

@@ -77,26 +77,26 @@ def assert_covers(tables, case: Case, position, window=None):
 
 def assert_consistent(tables, heads, machine, page_size):
     shapes, blocks, chunks = tables.shapes, tables.blocks, tables.chunks
-    lanes = tables.lanes[:, 0]
-    assert (blocks[tables.lanes[:-1, 1], 2] == lanes[:-1]).all()
-    assert tables.lanes[-1].tolist() == [len(chunks), len(blocks), 0, 0, 0]
-    assert (tables.lanes[:-1, 2:] == blocks[tables.lanes[:-1, 1]][:, [0, 1, 4]]).all()
+    queues = tables.queues[:, 0]
+    assert (blocks[tables.queues[:-1, 1], 2] == queues[:-1]).all()
+    assert tables.queues[-1].tolist() == [len(chunks), len(blocks), 0, 0, 0]
+    assert (tables.queues[:-1, 2:] == blocks[tables.queues[:-1, 1]][:, [0, 1, 4]]).all()
     size = machine.chunk(page_size)
     assert shapes[:, 0].tolist() == [shape.rows for shape in machine.shapes]
     for first in (2, 4):
         assert shapes[:, first].tolist() == [0, *shapes[:-1, first + 1]]
-    assert shapes[-1, 3] == len(blocks) and shapes[-1, 5] == len(lanes) - 1
-    # Blocks are whole in a lane, lanes in a shape.
+    assert shapes[-1, 3] == len(blocks) and shapes[-1, 5] == len(queues) - 1
+    # Blocks are whole in a queue, queues in a shape.
     assert blocks[:, 2].tolist() == [0, *blocks[:-1, 3]][: len(blocks)]
-    assert (blocks[:, 2] < blocks[:, 3]).all() and (np.diff(lanes) > 0).all()
-    assert lanes[0] == 0 and lanes[-1] == len(chunks) and np.isin(lanes[:-1], blocks[:, 2]).all()
+    assert (blocks[:, 2] < blocks[:, 3]).all() and (np.diff(queues) > 0).all()
+    assert queues[0] == 0 and queues[-1] == len(chunks) and np.isin(queues[:-1], blocks[:, 2]).all()
     # A chunk lies in a page.
     assert (chunks[:, 0] % size == 0).all()
-    for i, (m, n, begin, end, lane, last_lane) in enumerate(shapes.tolist()):
+    for i, (m, n, begin, end, queue, last_queue) in enumerate(shapes.tolist()):
         assert n == machine.shapes[i].tokens or n == page_size and not machine.shapes[i].tokens
-        assert last_lane - lane <= max(machine.shapes[i].programs // heads.kv, 1)
+        assert last_queue - queue <= max(machine.shapes[i].programs // heads.kv, 1)
         if begin < end:
-            assert lanes[lane] == blocks[begin, 2] and lanes[last_lane] == blocks[end - 1, 3]
+            assert queues[queue] == blocks[begin, 2] and queues[last_queue] == blocks[end - 1, 3]
         rows = (blocks[begin:end, 1] - blocks[begin:end, 0]) * heads.group
         assert (rows <= m).all() or i == len(shapes) - 1 and (rows <= max(m, heads.group)).all()
         for row, end_row, first, last, pairs in blocks[begin:end].tolist():
@@ -265,24 +265,24 @@ def test_deep_trees_stay_small():
     assert plan.kv_tokens < 1_283_200 / 4
 
 
-def test_a_long_run_is_split_evenly_among_the_lanes():
+def test_a_long_run_is_split_evenly_among_the_queues():
     machine = Machine((Shape(16, 64, 2 * 20, 128, 1, 64),))
     for length, longest in ((100, 6), (40, 3), (20, 2), (3, 3)):
         plan = plan_of(nodes_of([0, 1, 1], [64 * length, 64, 64]), [1, 2], machine=machine)
         tables = plan.tables
-        steps = np.diff(tables.lanes[:, 0]) // 4
+        steps = np.diff(tables.queues[:, 0]) // 4
         assert len(steps) <= 20 and steps.max() <= longest
         assert steps.sum() == length + 2
         rows = tables.blocks[:, 1] - tables.blocks[:, 0]
         assert plan.partials == rows.sum()
 
 
-def test_lanes_of_short_blocks_are_even():
+def test_queues_of_short_blocks_are_even():
     machine = Machine((Shape(4, 64, 2 * 20, 128, 1, 64),))
     for leaves in (7, 20, 190):
         nodes = nodes_of([0] * leaves, [40] * leaves)
         tables = plan_of(nodes, range(leaves), machine=machine).tables
-        steps = np.diff(tables.lanes[:, 0]) // 4
+        steps = np.diff(tables.queues[:, 0]) // 4
         assert len(steps) == min(leaves, 20) and steps.max() - steps.min() <= 1
 
 

@@ -36,7 +36,7 @@ class Check(NamedTuple):
 
     Attributes:
         advance: by how much rows have moved on since the plan was made.
-        processors: that the plan is cut for; the fewer, the more blocks a lane has.
+        processors: that the plan is cut for; the fewer, the more blocks a queue has.
         cancels: two rows, and values of shared and own tokens that add up to little; only partials
             of more precision than theirs do, too.
     """
@@ -71,7 +71,7 @@ SMALL = [
     Check(9, heads=(4, 1), cancels=True),
     Check(300, torch.float16, (12, 2), (128, 80), 16, 2, softcap=3.0, sinks=True, advance=2),
     Check(301, heads=(24, 2), dims=(96, 128), nodes=9, rows=20),
-    # Lanes of long and short blocks, of few rows and many, one after the other.
+    # Queues of long and short blocks, of few rows and many, one after the other.
     Check(316, heads=(8, 2), nodes=9, longest=250, rows=20, processors=1),
     Check(319, heads=(16, 2), nodes=9, longest=300, rows=30, processors=2, sinks=True),
     # Wide blocks with steps for a half of their rows.
@@ -104,7 +104,7 @@ LARGE = [
     Check(201, heads=(64, 8), dims=(128, 128), nodes=300, longest=90, rows=300, length=3),
     Check(202, torch.bfloat16, (8, 2), (96, 80), 16, window=200, softcap=3.0, rows=600, advance=9),
     Check(203, heads=(16, 2), dims=(128, 128), page_size=128, sinks=True, longest=900, rows=700),
-    # Programs have several lanes, of blocks of all shapes.
+    # Programs have several queues, of blocks of all shapes.
     Check(204, heads=(1600, 200), dims=(64, 64), nodes=20, rows=40, advance=2),
     Check(205, torch.bfloat16, (400, 200), (128, 80), length=3, nodes=20, rows=70),
 ]
