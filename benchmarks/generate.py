@@ -6,8 +6,8 @@
 
 A workload is a prefix tree: nodes on each level, and the tokens of each. Models have random
 weights; time does not depend on them. TTFT is the time from the call to the first token, TPOT the
-mean time of each further one; medians over `--repeat` calls, after one that is not counted. What
-runs out of GPU memory is printed as such and has no row.
+mean time of each further one; medians over `--repeat` calls, after one that is not counted, between
+which PyTorch keeps its memory. What runs out of GPU memory is printed as such and has no row.
 """
 
 from __future__ import annotations
@@ -182,7 +182,6 @@ def call(
     cuda = prompts.is_cuda
     gc.collect()
     if cuda:
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
     clock, pages = Clock(), 0
@@ -236,6 +235,8 @@ def measure(
     takes to read what was stored in between.
     """
     model.set_attn_implementation(MODES[mode][0])
+    gc.collect()
+    torch.cuda.empty_cache()
     calls = [call(model, prompts, new_tokens, mode, beams) for _ in range(repeat + warm_up)]
     counted = calls[warm_up:]
     ttft = statistics.median(c["ttft"] for c in counted)

@@ -94,8 +94,9 @@ class PATCache(Cache):
     the last call; a call that follows reuses all tokens that its prompts share with that batch,
     and with what `keep_bytes` lets the cache keep of the calls before.
 
-    K and V are those of the weights that computed them: call `reset()` when you have changed
-    weights, an adapter's included. Requests of different PEFT adapters share nothing.
+    K and V are those of the weights that computed them: what is changed in place, by an optimizer
+    say, empties the cache; call `reset()` when you have changed weights in other ways. Requests of
+    different PEFT adapters share nothing. One thread at a time.
 
     Args:
         model: a decoder-only model loaded with `attn_implementation="pat"`.

@@ -621,28 +621,8 @@ def _tables(
     sizes = np.array([shape.tokens or page_size for shape in machine.shapes])
     size = machine.chunk(page_size)
     step = (sizes // size)[tiles.shape]  # chunks of it
-
-    # Each tile's chunks, filled up to whole steps.
-    skipped = runs.past // size
-    counts = -(-runs.seen // size) - skipped
-    full = np.bincount(runs.tile, counts, len(step)).astype(np.int64)
-    lengths = -(-full // step)
-    last = np.append(_starts(runs.tile), len(runs.tile))[1:] - 1
-    counts[last] += (lengths * step - full)[runs.tile[last]]
+    chunks, run, lengths = _chunks(nodes, runs, step, page_size, size)
     tile_ptr = _offsets(lengths * step)
-    run, token = _expand(counts)
-    token = (token + skipped[run]) * size
-    node = runs.node[run]
-    length, first = nodes.length[node], nodes.start[node] + token
-    chunks = np.empty((len(run), COLUMNS["chunks"]), np.int32)
-    shift = page_size.bit_length() - 1
-    inside = np.minimum(token, (length - 1) // size * size)
-    page = np.asarray(nodes.pages, np.int32)[nodes.page_ptr[node] + (inside >> shift)]
-    chunks[:, 0] = (page << shift) + (inside & (page_size - 1))
-    chunks[:, 1] = np.clip(length - token, 0, size)
-    chunks[:, 2] = first
-    chunks[:, 3] = runs.furthest[run] + 1 - first
-    chunks[:, 4] = runs.hindmost[run] + 1 - first
 
     # Queues are cut from the steps of a shape, blocks from the query tiles where queues end.
     bounds = np.searchsorted(tiles.shape, np.arange(len(machine.shapes) + 1))
@@ -658,53 +638,37 @@ def _tables(
     cut[tile_ptr] = True
     begin = np.flatnonzero(cut[:-1])
     end = np.append(begin[1:], len(chunks))[: len(begin)]
-    tile = np.searchsorted(tile_ptr, begin, side="right") - 1
     blocks = np.empty((len(begin), COLUMNS["blocks"]), np.int32)
     blocks[:, 2], blocks[:, 3] = begin, end
-    slots = owners = np.zeros(0, np.int64)
+    owners = np.zeros(0, np.int64)
     written = np.zeros(len(position), bool)
     if len(blocks):
         # Of a tile, a block has the rows that its chunks are for.
+        tile = np.searchsorted(tile_ptr, begin, side="right") - 1
         least = np.minimum.reduceat(runs.begin[run], begin)
         counts = np.maximum.reduceat(runs.end[run], begin) - least
         blocks[:, 0] = tiles.begin[tile] + least
         blocks[:, 1] = blocks[:, 0] + counts
-        # It is final if it is its rows' only one.
-        entry, index = _expand(counts)
-        entry = blocks[entry, 0] + index
-        single = np.bincount(entry, minlength=len(rows))[entry] == 1
-        partial = ~np.logical_and.reduceat(single, _offsets(counts)[:-1])
-        waits = np.repeat(partial, counts)
-        owners = rows[entry[waits]]
-        written[rows[entry[~waits]]] = True
-        slots = _stable_argsort(owners, len(position))
+        partial, owners, written[rows] = _partials(blocks[:, 0], counts, rows)
         block = np.repeat(np.arange(len(blocks)), end - begin)
         first, last = runs.begin[run] - least[block], runs.end[run] - least[block]
         chunks[:, 5] = first + (last << 16)
-        side = np.where(last * heads.group <= machine.half, 1, 0)
-        side[first * heads.group >= machine.half] = 2
-        side[(counts * heads.group <= machine.half)[block]] = 0
-        order, turns = _turns(side, block, step[tile])
+        order, turns = _turns(first, last, counts, block, step[tile], heads.group, machine.half)
         blocks[:, 4] = blocks[:, 3] - turns
         chunks = chunks if order is None else chunks[order]
         chunks[:, 6] = blocks[block, 0]
         chunks[:, 7] = np.where(partial, np.cumsum(partial * counts) - counts, -1)[block]
-        seen = (chunks[:, 1] == size) & (chunks[:, 3] >= size)
-        whole = seen & (chunks[:, 4] >= size) & (chunks[:, 5] == (counts << 16)[block])
-        step = np.repeat(step, lengths)
-        flags = np.bitwise_and.reduceat(whole * 2 + seen * 4, np.cumsum(step) - step)
-        chunks[:, 8] = np.repeat(flags, step) + counts[block] * 8
+        chunks[:, 8] = _flags(chunks, counts[block], np.repeat(step, lengths), size)
         chunks[begin, 8] += 1
 
     shapes = np.empty((len(machine.shapes), COLUMNS["shapes"]), np.int32)
     shapes[:, 0] = [shape.rows for shape in machine.shapes]
     shapes[:, 1] = sizes
-    bounds = tile_ptr[bounds]
     for column, starts in ((2, begin), (4, queues)):
-        at = np.searchsorted(starts, bounds)
+        at = np.searchsorted(starts, tile_ptr[bounds])
         shapes[:, column], shapes[:, column + 1] = at[:-1], at[1:]
     merge_rows = np.flatnonzero(~written)
-    first = np.searchsorted(blocks[:, 2], queues)
+    first = np.searchsorted(begin, queues)
     of_first = np.append(blocks[:, [0, 1, 4]], [[0, 0, 0]], 0)[first]
     return Tables(
         shapes,
@@ -712,12 +676,79 @@ def _tables(
         chunks,
         blocks,
         rows.astype(np.int32),
-        slots.astype(np.int32),
+        _stable_argsort(owners, len(position)).astype(np.int32),
         merge_rows.astype(np.int32),
         _offsets(np.bincount(owners, minlength=len(position))[merge_rows]).astype(np.int32),
         position.astype(np.int32),
         page_size,
     )
+
+
+def _chunks(
+    nodes: Nodes, runs: _Runs, step: np.ndarray, page_size: int, size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The chunks of each tile, filled up to whole steps of `step` [Q] chunks of `size` tokens.
+
+    Returns:
+        int32 [T, 9], of which what depends on blocks is still missing; the run of each, int
+        [T]; and the steps of each tile, int [Q].
+    """
+    skipped = runs.past // size
+    counts = -(-runs.seen // size) - skipped
+    full = np.bincount(runs.tile, counts, len(step)).astype(np.int64)
+    lengths = -(-full // step)
+    last = np.append(_starts(runs.tile), len(runs.tile))[1:] - 1
+    counts[last] += (lengths * step - full)[runs.tile[last]]
+    run, token = _expand(counts)
+    token = (token + skipped[run]) * size
+    node = runs.node[run]
+    length, first = nodes.length[node], nodes.start[node] + token
+    chunks = np.empty((len(run), COLUMNS["chunks"]), np.int32)
+    shift = page_size.bit_length() - 1
+    inside = np.minimum(token, (length - 1) // size * size)
+    page = np.asarray(nodes.pages, np.int32)[nodes.page_ptr[node] + (inside >> shift)]
+    chunks[:, 0] = (page << shift) + (inside & (page_size - 1))
+    chunks[:, 1] = np.clip(length - token, 0, size)
+    chunks[:, 2] = first
+    chunks[:, 3] = runs.furthest[run] + 1 - first
+    chunks[:, 4] = runs.hindmost[run] + 1 - first
+    return chunks, run, lengths
+
+
+def _partials(
+    first: np.ndarray, counts: np.ndarray, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which blocks leave partials: all but those that are the only one of each of their rows.
+
+    Args:
+        first, counts: [B] rows of a block are rows[first:first + counts].
+
+    Returns:
+        bool [B]; the row of each partial, in the order of the blocks; and bool [K], whether a block
+        writes a row's output.
+    """
+    entry, index = _expand(counts)
+    entry = first[entry] + index
+    single = np.bincount(entry, minlength=len(rows))[entry] == 1
+    partial = ~np.logical_and.reduceat(single, _offsets(counts)[:-1])
+    waits = np.repeat(partial, counts)
+    written = np.zeros(len(rows), bool)
+    written[entry[~waits]] = True
+    return partial, rows[entry[waits]], written
+
+
+def _flags(chunks: np.ndarray, counts: np.ndarray, step: np.ndarray, size: int) -> np.ndarray:
+    """The last column of chunks, int [T], but for the bit of a block's first.
+
+    Args:
+        counts: [T] rows of their blocks.
+        step: [steps] chunks of each.
+        size: tokens of a chunk.
+    """
+    seen = (chunks[:, 1] == size) & (chunks[:, 3] >= size)
+    whole = seen & (chunks[:, 4] >= size) & (chunks[:, 5] == counts << 16)
+    flags = np.bitwise_and.reduceat(whole * 2 + seen * 4, np.cumsum(step) - step)
+    return np.repeat(flags, step) + counts * 8
 
 
 def _duration(plan: Plan, machine: Machine) -> float:
@@ -737,19 +768,30 @@ def _duration(plan: Plan, machine: Machine) -> float:
 
 
 def _turns(
-    side: np.ndarray, block: np.ndarray, step: np.ndarray
+    first: np.ndarray,
+    last: np.ndarray,
+    counts: np.ndarray,
+    block: np.ndarray,
+    step: np.ndarray,
+    group: int,
+    half: int,
 ) -> tuple[np.ndarray | None, np.ndarray]:
     """Has steps for one half of a block's rows, and for the other, follow each other in turn.
 
     Args:
-        side: [T] 1 for chunks for the first half, 2 for the second, 0 for both.
+        first, last: [T] the rows of a block that chunks are for: first and end.
+        counts: [B] a block's rows.
         block: [T] the chunks'.
         step: [B] chunks of a step.
+        group, half: of the heads and the machine.
 
     Returns:
         The chunks' new order, if it is another, and how many of each block's come in turn, at its
         end.
     """
+    side = np.where(last * group <= half, 1, 0)
+    side[first * group >= half] = 2
+    side[(counts * group <= half)[block]] = 0
     if not side.any():
         return None, np.zeros_like(step)
     key = block * 3 + side

@@ -460,7 +460,7 @@ def test_no_gradients_through_stored_tokens():
 
 
 def test_a_copy_that_is_made_meanwhile_is_a_model_of_its_own():
-    _, pat = pair("Llama")
+    _, pat = pair.__wrapped__("Llama")
     copies = []
 
     def snapshot(ids, scores):
