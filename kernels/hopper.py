@@ -128,9 +128,7 @@ def _wait(bars, n, flip: gl.constexpr = 0):
 @gluon.jit
 def _load_kv(
     desc,
-    tiles,
-    full,
-    empty,
+    pipe,
     plan,
     W,
     H: gl.constexpr,
@@ -139,7 +137,8 @@ def _load_kv(
     HEAD: gl.constexpr,
     QUEUES: gl.constexpr,
 ):
-    """Copies keys, or values, of the program's queues."""
+    """Copies keys, or values, of the program's queues into a pipe: tiles, full, empty barriers."""
+    tiles, full, empty = pipe
     CHUNK: gl.constexpr = desc.block_type.shape[0]
     CHUNKS: gl.constexpr = tiles.shape[1] // CHUNK
     STAGES: gl.constexpr = tiles.shape[0]
@@ -241,10 +240,7 @@ def _load_q(
     W,
     sq_r,
     sq_h,
-    tile,
-    numbers,
-    full,
-    empty,
+    pipe,
     H: gl.constexpr,
     G: gl.constexpr,
     K: gl.constexpr,
@@ -252,6 +248,7 @@ def _load_q(
     QUEUES: gl.constexpr,
 ):
     """Copies the queries of a group's blocks, and their rows' numbers and positions."""
+    tile, numbers, full, empty = pipe
     p_queues = plan + 2 * W + QUEUES
     p_blocks = plan + gl.load(plan + BLOCKS_AT)
     p_rows = plan + gl.load(plan + ROWS_AT)
@@ -379,6 +376,40 @@ def _clear_unread(v_tiles, stage, p_chunk, advance, CHUNK: gl.constexpr):
 
 
 @gluon.jit
+def _exchange(GROUP: gl.constexpr, f_max, f_sum, b_out, shared, split, exchange):
+    """Adds up what the groups have of a shared block, in the first; of others, they wait for each
+    other, for the barriers' phases."""
+    o_tiles, other_rows, room, sent, taken = exchange
+    BV: gl.constexpr = o_tiles.shape[2]
+    OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BV, 16])
+    O_ROWS: gl.constexpr = gl.SliceLayout(1, OUT)
+    other_out = reinterpret(o_tiles, gl.float32, [64, BV], WORDS)
+    if GROUP == 1:
+        mbarrier.wait(room.index(0), split & 1)
+        if shared:
+            other_rows.index(0).store(f_max)
+            other_rows.index(1).store(f_sum)
+            other_out.store(b_out)
+        barrier()
+        mbarrier.arrive(sent.index(0), count=1)
+        mbarrier.wait(taken.index(0), split & 1)
+    else:
+        mbarrier.wait(sent.index(0), split & 1)
+        if shared:
+            o_max, o_sum = other_rows.index(0).load(O_ROWS), other_rows.index(1).load(O_ROWS)
+            f_top = gl.maximum(f_max, o_max)
+            f_ref = gl.where(f_top == float("-inf"), 0.0, f_top)
+            f_old, o_old = gl.exp2(f_max - f_ref), gl.exp2(o_max - f_ref)
+            f_max = f_top
+            f_sum = f_sum * f_old + o_sum * o_old
+            b_out = b_out * f_old[:, None]
+            b_out += other_out.load(OUT) * o_old[:, None]
+        barrier()
+        mbarrier.arrive(taken.index(0), count=1)
+    return f_max, f_sum, b_out
+
+
+@gluon.jit
 def _attend(
     GROUP: gl.constexpr,
     p_chunk,
@@ -392,21 +423,10 @@ def _attend(
     advance,
     qk_scale,
     softcap,
-    q_tile,
-    numbers,
-    k_tiles,
-    v_tiles,
-    q_full,
-    q_empty,
-    k_full,
-    k_empty,
-    v_full,
-    v_empty,
-    o_tiles,
-    other_rows,
-    room,
-    sent,
-    taken,
+    queries,
+    keys,
+    values,
+    exchange,
     G: gl.constexpr,
     CHUNK: gl.constexpr,
     USE_SOFTCAP: gl.constexpr,
@@ -417,6 +437,10 @@ def _attend(
     Not written out inside the loops: Triton goes through a loop's body twice, so through that of
     three loops eight times, which took a third of the time to compile the kernel.
     """
+    q_tile, numbers, q_full, q_empty = queries
+    k_tiles, k_full, k_empty = keys
+    v_tiles, v_full, v_empty = values
+    room = exchange[2]
     DTYPE: gl.constexpr = q_tile.dtype
     BN: gl.constexpr = k_tiles.shape[1]
     BV: gl.constexpr = v_tiles.shape[2]
@@ -431,7 +455,6 @@ def _attend(
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     o_m = gl.arange(0, 64, layout=S_ROWS)
     o_n = gl.arange(0, BN, layout=gl.SliceLayout(0, S))
-    other_out = reinterpret(o_tiles, gl.float32, [64, BV], WORDS)
     first = wide * (64 * GROUP)
     shared = (wide == 0) & (alone == 0)
     # So many steps at first are this group's, and every other of those behind.
@@ -452,7 +475,7 @@ def _attend(
     at = n + i
     p_chunk += i * STEP
     flags, bounds = gl.load(p_chunk + FLAGS), _bounds(p_chunk, CHUNKS)
-    queries = q_tile.load(QUERIES)
+    b_q = q_tile.load(QUERIES)
     o_p = numbers.index(i_n + 1).load(S_ROWS)
     barrier()
     mbarrier.arrive(q_empty.index(0), count=1)
@@ -463,7 +486,7 @@ def _attend(
         before, of_both = stage, both
         stage, both = at & (STAGES - 1), wide & (i < whole)
         _wait(k_full, at)
-        next_s = _scores(queries, k_tiles.index(stage), S)
+        next_s = _scores(b_q, k_tiles.index(stage), S)
         # The first step has no weights yet, and multiplies whatever lies there; the next one's sum
         # begins anew. A first step written out would be 760 instructions more, which a launch has
         # to fetch where others ran before it: up to 11% of a small tree's time.
@@ -497,29 +520,7 @@ def _attend(
     f_max = gl.convert_layout(b_max, O_ROWS)
     f_sum = gl.convert_layout(gl.sum(b_sum, 1), O_ROWS)
     if meets:
-        # Each waits for the other, for the parities' sake, too.
-        if GROUP == 1:
-            mbarrier.wait(room.index(0), split & 1)
-            if shared:
-                other_rows.index(0).store(f_max)
-                other_rows.index(1).store(f_sum)
-                other_out.store(b_out)
-            barrier()
-            mbarrier.arrive(sent.index(0), count=1)
-            mbarrier.wait(taken.index(0), split & 1)
-        else:
-            mbarrier.wait(sent.index(0), split & 1)
-            if shared:
-                o_max, o_sum = other_rows.index(0).load(O_ROWS), other_rows.index(1).load(O_ROWS)
-                f_top = gl.maximum(f_max, o_max)
-                f_ref = gl.where(f_top == float("-inf"), 0.0, f_top)
-                f_old, o_old = gl.exp2(f_max - f_ref), gl.exp2(o_max - f_ref)
-                f_max = f_top
-                f_sum = f_sum * f_old + o_sum * o_old
-                b_out = b_out * f_old[:, None]
-                b_out += other_out.load(OUT) * o_old[:, None]
-            barrier()
-            mbarrier.arrive(taken.index(0), count=1)
+        f_max, f_sum, b_out = _exchange(GROUP, f_max, f_sum, b_out, shared, split, exchange)
         split += 1
     return f_max, f_sum, b_out, split
 
@@ -598,21 +599,10 @@ def _compute(
     qk_scale,
     softcap,
     W,
-    q_tile,
-    numbers,
-    k_tiles,
-    v_tiles,
-    q_full,
-    q_empty,
-    k_full,
-    k_empty,
-    v_full,
-    v_empty,
-    o_tiles,
-    other_rows,
-    room,
-    sent,
-    taken,
+    queries,
+    keys,
+    values,
+    exchange,
     my_turn,
     other_turn,
     H: gl.constexpr,
@@ -624,7 +614,7 @@ def _compute(
     USE_SINKS: gl.constexpr,
 ):
     """One of the two groups that compute."""
-    CHUNKS: gl.constexpr = k_tiles.shape[1] // CHUNK
+    CHUNKS: gl.constexpr = keys[0].shape[1] // CHUNK
     p_queues = plan + 2 * W + QUEUES
     p_chunks = plan + gl.load(plan + CHUNKS_AT)
     p_blocks = plan + gl.load(plan + BLOCKS_AT)
@@ -654,8 +644,8 @@ def _compute(
             if alone:
                 if mine:
                     for i in range(steps):
-                        _wait(k_full, n + i)
-                        _wait(v_full, n + i)
+                        _wait(keys[1], n + i)
+                        _wait(values[1], n + i)
                     barrier()
                     mbarrier.arrive(my_turn.index(0), count=1)
                 else:
@@ -664,14 +654,13 @@ def _compute(
             if mine:
                 f_max, f_sum, b_out, split = _attend(
                     GROUP, p_chunk, n, steps, (turns - begin) // CHUNKS, wide, alone, done, split,
-                    advance, qk_scale, softcap, q_tile, numbers, k_tiles, v_tiles,
-                    q_full, q_empty, k_full, k_empty, v_full, v_empty,
-                    o_tiles, other_rows, room, sent, taken, G, CHUNK, USE_SOFTCAP,
+                    advance, qk_scale, softcap, queries, keys, values, exchange,
+                    G, CHUNK, USE_SOFTCAP,
                 )  # fmt: skip
                 if (GROUP == 0) | (wide > 0) | alone:
                     _write(
                         GROUP, f_max, f_sum, b_out, slot, i_h, wide * (64 * GROUP), count,
-                        out, partial, lse, sinks, numbers.index((done & 1) * 2), o_tiles,
+                        out, partial, lse, sinks, queries[1].index((done & 1) * 2), exchange[0],
                         H, G, V, USE_SINKS,
                     )  # fmt: skip
                 done += 1
@@ -770,15 +759,16 @@ def hopper_kernel(
     mbarrier.init(l_turn.index(0), count=1)
     mbarrier.init(r_turn.index(0), count=1)
     fence_async_shared()
+    left, right = (q_left, n_left, l_full, l_empty), (q_right, n_right, r_full, r_empty)
+    keys, values = (k_tiles, k_full, k_empty), (v_tiles, v_full, v_empty)
+    exchange = o_tiles, other_rows, room, sent, taken
     gl.warp_specialize(
         [
             (
                 _compute,
                 (
                     0, plan, out, partial, lse, sinks, qk_scale, softcap, W,
-                    q_left, n_left, k_tiles, v_tiles,
-                    l_full, l_empty, k_full, k_empty, v_full, v_empty,
-                    o_tiles, other_rows, room, sent, taken, l_turn, r_turn,
+                    left, keys, values, exchange, l_turn, r_turn,
                     H, G, V, CHUNK, QUEUES, USE_SOFTCAP, USE_SINKS,
                 ),
             ),
@@ -786,34 +776,14 @@ def hopper_kernel(
                 _compute,
                 (
                     1, plan, out, partial, lse, sinks, qk_scale, softcap, W,
-                    q_right, n_right, k_tiles, v_tiles,
-                    r_full, r_empty, k_full, k_empty, v_full, v_empty,
-                    o_tiles, other_rows, room, sent, taken, r_turn, l_turn,
+                    right, keys, values, exchange, r_turn, l_turn,
                     H, G, V, CHUNK, QUEUES, USE_SOFTCAP, USE_SINKS,
                 ),
             ),
-            (
-                _load_kv,
-                (k_desc, k_tiles, k_full, k_empty, plan, W, H, P, KP, KH, QUEUES),
-            ),
-            (
-                _load_kv,
-                (v_desc, v_tiles, v_full, v_empty, plan, W, H, P, VP, VH, QUEUES),
-            ),
-            (
-                _load_q,
-                (
-                    0, q, plan, W, sq_r, sq_h, q_left, n_left, l_full, l_empty,
-                    H, G, K, BN // CHUNK, QUEUES,
-                ),
-            ),
-            (
-                _load_q,
-                (
-                    1, q, plan, W, sq_r, sq_h, q_right, n_right, r_full, r_empty,
-                    H, G, K, BN // CHUNK, QUEUES,
-                ),
-            ),
+            (_load_kv, (k_desc, keys, plan, W, H, P, KP, KH, QUEUES)),
+            (_load_kv, (v_desc, values, plan, W, H, P, VP, VH, QUEUES)),
+            (_load_q, (0, q, plan, W, sq_r, sq_h, left, H, G, K, BN // CHUNK, QUEUES)),
+            (_load_q, (1, q, plan, W, sq_r, sq_h, right, H, G, K, BN // CHUNK, QUEUES)),
         ],
         [4, 1, 1, 1, 1],
         [REGISTERS, 24, 24, 40, 40],
