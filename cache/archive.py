@@ -19,7 +19,7 @@ from pat_hf import adapters
 from pat_hf.cache.page_pool import PagePool
 from pat_hf.cache.prefix_tree import Node, PrefixTree
 
-_FORMAT = "pat_hf prompts, 1"
+_FORMAT = "pat_hf prompts, 2"
 # What of a config K and V don't depend on.
 _ASIDE = {
     "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
@@ -79,8 +79,11 @@ def write(path: str | Path, tree: PrefixTree, pool: PagePool, about: dict[str, A
             place = (x.to(pages.device) for x in (page, slot))
             tensors[f"{name}.{index}"] = _gather(pages, *place).cpu()
     part = f"{path}.part"
-    save_file(tensors, part, {"format": _FORMAT, "model": json.dumps(about)})
-    os.replace(part, path)
+    try:
+        save_file(tensors, part, {"format": _FORMAT, "model": json.dumps(about)})
+        os.replace(part, path)
+    finally:
+        Path(part).unlink(missing_ok=True)
 
 
 def read(path: str | Path, tree: PrefixTree, pool: PagePool, model: PreTrainedModel) -> None:

@@ -72,7 +72,9 @@ class Memory:
                 parts = [
                     torch.empty((pages, *shape), dtype=dtype, device=device) for shape in shapes
                 ]
-            except RuntimeError as error:  # what PyTorch raises for the CPU's memory
+            except RuntimeError as error:
+                if "can't allocate memory" not in str(error):  # as PyTorch says of the CPU's
+                    raise
                 raise torch.OutOfMemoryError(*error.args) from None
             for part, held in zip(parts, self._parts.get(index, ()), strict=False):
                 both = min(len(held), pages)

@@ -6,8 +6,8 @@ import copy
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,6 +32,7 @@ from pat_hf.kernels.plan import Machine, Nodes, OtherBlocks, Plan, make_plan
 from pat_hf.norms import fused, rms_norms
 from pat_hf.support import (
     checkpoints,
+    drops_out,
     heads_of,
     modules,
     supported_config,
@@ -94,9 +95,9 @@ class PATCache(Cache):
     the last call; a call that follows reuses all tokens that its prompts share with that batch,
     and with what `keep_bytes` lets the cache keep of the calls before.
 
-    K and V are those of the weights that computed them: what is changed in place, by an optimizer
-    say, empties the cache; call `reset()` when you have changed weights in other ways. Requests of
-    different PEFT adapters share nothing. One thread at a time.
+    K and V are those of the weights that computed them. Where PyTorch counts a change in place, as
+    of most optimizers, the cache is emptied; after any other change of weights call `reset()`.
+    Requests of different PEFT adapters share nothing. One thread at a time.
 
     Args:
         model: a decoder-only model loaded with `attn_implementation="pat"`.
@@ -146,8 +147,8 @@ class PATCache(Cache):
         self.rotaries = rotary.scaled(self.model)  # their frequencies follow the batch's length
         self.own_loop = True  # forwards, if there are any, are not those of Transformers' loops
         self.anew = False  # prompts that come whole are about to be numbered from their beginning
-        self._written: int | None = None  # writes to the weights before the last call ended
         self._user = threading.RLock()
+        self._weights: dict[int, tuple[weakref.ref[nn.Parameter], int]] = {}
         self._begin_batch()
         self._count_from_zero()
 
@@ -206,6 +207,7 @@ class PATCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of a request, padding included: the length of `attention_mask` so far."""
+        self._mend()
         return 0 if self.anew else self._columns.length
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
@@ -284,10 +286,15 @@ class PATCache(Cache):
         layer = self.pool.write(
             layer_idx, key_states, value_states, *step.targets(key_states.device)
         )
-        if not step.written:
-            self._columns.advance(step.columns, step.real)
-        step.written.add(layer_idx)
+        self._wrote([layer_idx])
         return layer.keys, layer.values
+
+    @_surgery
+    def _wrote(self, layers: Iterable[int]) -> None:
+        """Notes the layers that have stored what the step computes."""
+        if not self.step.written:
+            self._columns.advance(self.step.columns, self.step.real)
+        self.step.written.update(layers)
 
     def clear(self) -> None:
         """Forgets all requests, but keeps of them what `keep_bytes` and pins say."""
@@ -306,9 +313,13 @@ class PATCache(Cache):
         self._empty()
         self._count_from_zero()
 
-    def _empty(self) -> None:
+    def _empty(self, pins: dict[tuple[Hashable, bytes], np.ndarray] | None = None) -> None:
         self._broken = True  # until it is done
-        self.store = self.store.empty()
+        self._weights = {}
+        store = self.store.empty()
+        if pins is not None:
+            store.tree.pins = pins
+        self.store = store
         self._begin_batch()
         self._broken = False
 
@@ -454,8 +465,10 @@ class PATCache(Cache):
     def _families(self, batch: int) -> list[Hashable]:
         """What the adapters are that compute each row now."""
         families = adapters.families(self.tuned, batch)
-        if self.model.training or any(layer.training for layer in self.tuned):
-            return [("training", family) for family in families]  # where dropout has a say
+        # K and V that were computed with dropout are nobody else's.
+        training = self.model.training or any(layer.training for layer in self.tuned)
+        if training and drops_out(self.model):
+            return [("dropout", family) for family in families]
         return families
 
     def _find_adapters(self) -> None:
@@ -529,8 +542,8 @@ class PATCache(Cache):
         """
         if not self._user.acquire(blocking=False):
             raise RuntimeError(
-                "This PATCache is in use by another thread's call. Threads need a cache each, or "
-                "one of them at a time a lock around its call."
+                "This PATCache is in use by another thread's call. Give each thread a cache, or "
+                "put a lock around the calls."
             )
         try:
             yield
@@ -539,12 +552,19 @@ class PATCache(Cache):
 
     def stored(self) -> None:
         """Says that a call is over: what it stored is of the weights as they are."""
-        self._written = self._count_writes()
+        self._weights = {
+            id(x): (weakref.ref(x), x._version)
+            for module in modules(self.model)
+            for x in module._parameters.values()
+            if x is not None and not x.is_inference()
+        }
 
-    def _count_writes(self) -> int:
-        """Changes of the weights in place, by an optimizer say, as PyTorch counts them."""
-        weights = (x for module in modules(self.model) for x in module._parameters.values())
-        return sum(x._version for x in weights if x is not None and not x.is_inference())
+    def _forget_stale(self) -> None:
+        """Empties the cache if weights of the last call have been changed in place since, by an
+        optimizer say, as far as PyTorch counts that."""
+        held = ((ref(), version) for ref, version in self._weights.values())
+        if any(x is not None and x._version != version for x, version in held):
+            self._restart("the model's weights have been changed")
 
     def disarm(self) -> None:
         """The `generate()` is over: forwards are the model's own again."""
@@ -620,7 +640,7 @@ class PATCache(Cache):
                 told = {name for name, x in kwargs.items() if x is not None} <= TOLD
                 positions = kwargs.get("position_ids")
                 self.opaque = not told or self._numbered_otherwise(ids, mask, positions)
-            if self._tuned and self.families:
+            if self.families:
                 self.opaque |= self._families(len(self.families)) != self.families
         decoder, step = self._decoder, self.step
         if decoder is not None and step is not None and step.packed:
@@ -639,8 +659,7 @@ class PATCache(Cache):
             self._next_step(*ids.shape, mask, ids.device)
             out = decoder.step(self._workspace, forward, self, kwargs)
             if out is not None:
-                self._columns.advance(self.step.columns, self.step.real)
-                self.step.written.update(self.pool.layers)
+                self._wrote(self.pool.layers)
                 return out
         with fused(self.norms):
             try:
@@ -662,9 +681,13 @@ class PATCache(Cache):
         real = self._columns.tokens()[:, self._columns.prompts :]
         for request, row in enumerate(ids.cpu().numpy()):
             self.prefixes.label(request, row[real[request]])
-        with suppress(PoolExhausted):  # equal answers are then stored once each
+        try:
             for request in range(len(self.prefixes)):
                 self.prefixes.merge(request)
+        except HalfCopied:
+            raise
+        except (PoolExhausted, torch.OutOfMemoryError):
+            pass  # equal answers are then stored once each
 
     @property
     def model(self) -> PreTrainedModel:
@@ -702,8 +725,7 @@ class PATCache(Cache):
         self._settle()
         adapters.refuse_virtual_tokens(model)
         self._refuse_checkpointing()
-        if self._written not in (None, self._count_writes()):
-            self._restart("the model's weights have been changed")
+        self._forget_stale()
         self._find_adapters()
         if self.pool.layers and model.dtype != self.dtype:
             raise ValueError(
@@ -793,11 +815,8 @@ class PATCache(Cache):
                 return self._advance()
         self._refuse_checkpointing()
         self._withdraw()
-        if len(self.prefixes) == 0:
-            self.families = self._families(batch)
-            for family in self.families:
-                self.prefixes.insert(np.empty(0, np.int64), family)
-            self._columns.begin(batch)
+        if len(self.prefixes) == 0 or self._columns.length == 0 and len(self.prefixes) != batch:
+            self._begin_requests(batch)
         if batch != len(self.prefixes):
             raise ValueError(
                 f"The forward has a batch of {batch} and the cache holds {len(self.prefixes)} "
@@ -808,6 +827,15 @@ class PATCache(Cache):
             self._columns.find_ends()
         new = np.ones((batch, length), bool) if mask is None else self._added(mask)
         return self._plan_growth(new, device)
+
+    @_surgery
+    def _begin_requests(self, batch: int) -> None:
+        """Makes requests of no tokens the batch; a forward that failed may have left others."""
+        self.store.select([])
+        self.families = self._families(batch)
+        for family in self.families:
+            self.prefixes.insert(np.empty(0, np.int64), family)
+        self._columns.begin(batch)
 
     def _is_for(self, step: Step, mask: torch.Tensor | None) -> bool:
         """Whether a forward with this mask stores what `step` does."""
@@ -840,10 +868,9 @@ class PATCache(Cache):
 
     def _restart(self, why: str) -> None:
         """Empties the cache; what is pinned will be when it is computed again."""
-        logger.warning(f"pat_hf: {why}, so the PATCache is empty.")
-        pins = self.prefixes.pins
-        self._empty()
-        self.prefixes.pins = pins
+        if self.pool.used or self._broken:
+            logger.warning(f"pat_hf: {why}, so the PATCache is empty.")
+        self._empty(self.prefixes.pins)
 
     def _settle(self) -> None:
         """Clears away what a call left that was interrupted."""
@@ -1145,6 +1172,7 @@ class PATCache(Cache):
         Args:
             path: a file, safetensors.
         """
+        self._forget_stale()
         self._withdraw()
         self._label()
         archive.write(path, self.prefixes, self.pool, archive.fingerprint(self.model))
@@ -1166,6 +1194,7 @@ class PATCache(Cache):
         cache = cls(model, **options)
         try:
             archive.read(path, cache.prefixes, cache.pool, cache.model)
+            cache.stored()
         except PoolExhausted as error:
             raise PoolExhausted(
                 f"{path} doesn't fit into max_tokens={options['max_tokens']}: {error} Give at "

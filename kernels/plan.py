@@ -653,7 +653,10 @@ def _tables(
         block = np.repeat(np.arange(len(blocks)), end - begin)
         first, last = runs.begin[run] - least[block], runs.end[run] - least[block]
         chunks[:, 5] = first + (last << 16)
-        order, turns = _turns(first, last, counts, block, step[tile], heads.group, machine.half)
+        side = np.where(last * heads.group <= machine.half, 1, 0)
+        side[first * heads.group >= machine.half] = 2
+        side[(counts * heads.group <= machine.half)[block]] = 0
+        order, turns = _turns(side, block, step[tile])
         blocks[:, 4] = blocks[:, 3] - turns
         chunks = chunks if order is None else chunks[order]
         chunks[:, 6] = blocks[block, 0]
@@ -768,30 +771,19 @@ def _duration(plan: Plan, machine: Machine) -> float:
 
 
 def _turns(
-    first: np.ndarray,
-    last: np.ndarray,
-    counts: np.ndarray,
-    block: np.ndarray,
-    step: np.ndarray,
-    group: int,
-    half: int,
+    side: np.ndarray, block: np.ndarray, step: np.ndarray
 ) -> tuple[np.ndarray | None, np.ndarray]:
     """Has steps for one half of a block's rows, and for the other, follow each other in turn.
 
     Args:
-        first, last: [T] the rows of a block that chunks are for: first and end.
-        counts: [B] a block's rows.
+        side: [T] 1 for chunks for the first half, 2 for the second, 0 for both.
         block: [T] the chunks'.
         step: [B] chunks of a step.
-        group, half: of the heads and the machine.
 
     Returns:
         The chunks' new order, if it is another, and how many of each block's come in turn, at its
         end.
     """
-    side = np.where(last * group <= half, 1, 0)
-    side[first * group >= half] = 2
-    side[(counts * group <= half)[block]] = 0
     if not side.any():
         return None, np.zeros_like(step)
     key = block * 3 + side

@@ -73,7 +73,8 @@ def refuse_virtual_tokens(model: nn.Module) -> None:
         model: a PEFT model, or one that is inside and may be running under it.
 
     Raises:
-        ValueError: if they are, as in prompt tuning, or its layers do likewise (LLaMA-Adapter).
+        ValueError: if its adapter puts some there, as in prompt tuning, or its layers have some of
+            their own (LLaMA-Adapter).
     """
     # A PEFT model puts a method of its own into the one inside for the length of `generate()`.
     prepare = getattr(model, "prepare_inputs_for_generation", None)

@@ -118,10 +118,10 @@ def _dense(
     if mask is None:
         mask = scores.new_ones(scores.shape[2:], dtype=torch.bool)
         mask = mask.tril(key.shape[2] - query.shape[2])
-    if mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    else:
+    if mask.is_floating_point():
         scores = scores + mask
+    else:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if sinks is not None:
         sinks = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sinks], -1)

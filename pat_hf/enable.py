@@ -54,6 +54,9 @@ def enable(model: PreTrainedModel, **options: Any) -> None:
                 f"This {type(model).__name__} is enabled with {state.options} already, and was "
                 f"to be with {options}. Call disable() before."
             )
+        model = _inner(model)
+        if model.generate.__func__ is type(model).generate:  # as it comes back from a file
+            model.generate = MethodType(_generate, model)
         return
     model = _inner(model)
     attention = model.config._attn_implementation
@@ -116,10 +119,7 @@ def _inner(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _state(model: PreTrainedModel) -> _Enabled | None:
-    held = vars(_inner(model))
-    own = getattr(held.get("generate"), "__func__", None)
-    # From a file it comes back with its class's `generate`.
-    return None if own is type(_inner(model)).generate else held.get("_pat_hf")
+    return vars(_inner(model)).get("_pat_hf")
 
 
 @functools.wraps(GenerationMixin.generate)

@@ -122,8 +122,11 @@ def _cublaslt() -> Iterator[None]:
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """For its length, no garbage is collected: pages among it would be waited for and given back,
-    which ends a capture."""
+    """For its length, no garbage is collected.
+
+    If there were a PATCache in it, its pages would be unmapped, for which the device is waited for,
+    and that ends a capture.
+    """
     collects = gc.isenabled()
     gc.disable()
     try:

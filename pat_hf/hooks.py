@@ -18,6 +18,7 @@ from pat_hf import adapters, rotary
 from pat_hf.cache.pat_cache import TOLD, PATCache
 from pat_hf.graphs import Decoder
 from pat_hf.prefill import prefill
+from pat_hf.support import surely
 
 _served: weakref.WeakKeyDictionary[PreTrainedModel, set[object]] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
@@ -172,6 +173,11 @@ def _generate(stock: Callable[..., Any], model: PreTrainedModel, *args: Any, **k
         given = (*args[:1], kwargs.get("inputs"), kwargs.get("input_ids"))
         ids = next((x for x in given if x is not None), None)
         whole = ids is None or _whole(ids, kwargs.get("attention_mask"))
+        if not (whole or cache.own_loop or cache.get_seq_length()):
+            raise ValueError(
+                "attention_mask covers more tokens than are given, and this PATCache holds none: "
+                "it is new, or was emptied. Pass all tokens of the prompts."
+            )
         cache.anew = whole and not cache.own_loop
         try:
             with serving(model):
@@ -211,14 +217,18 @@ def serving(model: PreTrainedModel) -> Iterator[None]:
                 model.forward = _Switch(model)
         yield
     finally:
-        with _lock:
-            blocks = _served.setdefault(model, set())
-            blocks.discard(block)
-            if not blocks and hasattr(model.forward, "own"):
-                own = model.forward.own
+        surely(lambda: _leave(model, block))
+
+
+def _leave(model: PreTrainedModel, block: object) -> None:
+    with _lock:
+        blocks = _served.setdefault(model, set())
+        blocks.discard(block)
+        if not blocks and isinstance(model.forward, _Switch):
+            if model.forward.own is None:
                 del model.forward
-                if own is not None:
-                    model.forward = own
+            else:
+                model.forward = model.forward.own
 
 
 class _Switch:
@@ -228,10 +238,13 @@ class _Switch:
     """
 
     def __init__(self, model: PreTrainedModel):
-        functools.update_wrapper(self, model.forward)
-        self.forward = model.forward
-        # Accelerate, for one, may have given the model a forward of its own.
-        self.own = vars(model).get("forward")
+        # Accelerate, for one, may have given the model a forward of its own. A copy of a model that
+        # was served has a switch that nobody took away.
+        forward, own = model.forward, vars(model).get("forward")
+        if isinstance(forward, _Switch):
+            forward, own = forward.forward, forward.own
+        functools.update_wrapper(self, forward)
+        self.forward, self.own = forward, own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         cache = kwargs.get("past_key_values")

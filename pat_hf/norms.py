@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pat_hf.support import is_compiled, modules
+from pat_hf.support import is_compiled, modules, surely
 
 
 class _Local(threading.local):
@@ -65,13 +65,18 @@ def fused(norms: Sequence[nn.Module]) -> Iterator[None]:
         _local.fused = True
         yield
     finally:
-        _local.fused = before
-        with _lock:
-            for norm in norms:
-                blocks = _held.get(norm, set())
-                blocks.discard(block)
-                if not blocks and _held.pop(norm, None) is not None:
-                    vars(norm).pop("forward", None)
+        surely(lambda: _restore(norms, block, before))
+
+
+def _restore(norms: Sequence[nn.Module], block: object, before: bool) -> None:
+    _local.fused = before
+    with _lock:
+        for norm in norms:
+            blocks = _held.get(norm, set())
+            blocks.discard(block)
+            if not blocks and norm in _held:
+                vars(norm).pop("forward", None)
+                del _held[norm]
 
 
 def _forward(norm: nn.Module, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

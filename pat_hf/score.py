@@ -62,8 +62,8 @@ def loglikelihoods(
 
     Raises:
         ValueError: if the lists differ in length, or one of the pairs lacks tokens, or has some
-            that the model doesn't know. Or if the model's scores depend on more than ids and their
-            numbers.
+            that the model doesn't know. Or if an adapter adds virtual tokens or begins inside the
+            prompts, or the model numbers tokens by its padding token.
         PoolExhausted: if a single pair doesn't fit into the cache's `max_tokens`.
     """
     _refuse(model)
@@ -75,7 +75,9 @@ def loglikelihoods(
 
 def _refuse(model: PreTrainedModel) -> None:
     adapters.refuse_virtual_tokens(model)
-    if getattr(getattr(model, "active_peft_config", None), "alora_invocation_tokens", None):
+    adapter = getattr(model, "active_peft_config", None)
+    acts = not getattr(model, "_adapters_disabled", False)
+    if acts and getattr(adapter, "alora_invocation_tokens", None):
         raise ValueError(
             "An aLoRA adapter begins inside the prompts, which loglikelihoods() does not support. "
             "Score with the model's own forward."
@@ -100,11 +102,13 @@ def _scores(
         regime = rotary.regime(cache.rotaries, len(pairs[i].tokens), remembered=False)
         regimes.setdefault(regime, []).append(i)
     scores = _unfilled(len(pairs))
-    with serving(model):
-        for alike in sorted(regimes.values(), key=lambda group: len(pairs[group[0]].tokens)):
-            for group in _groups(pairs, alike, cache.prefill_tokens):
-                _score(model, cache, pairs, group, scores)
-    cache.stored()
+    try:
+        with serving(model):
+            for alike in sorted(regimes.values(), key=lambda group: len(pairs[group[0]].tokens)):
+                for group in _groups(pairs, alike, cache.prefill_tokens):
+                    _score(model, cache, pairs, group, scores)
+    finally:
+        cache.stored()
     return scores
 
 

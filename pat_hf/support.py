@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules import module as _modules
+from torch.nn.modules.dropout import _DropoutNd
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pat_hf.kernels.plan import Heads
@@ -91,6 +92,17 @@ def checkpoints(model: PreTrainedModel) -> bool:
     return model.training and any(vars(x).get("gradient_checkpointing") for x in modules(model))
 
 
+def drops_out(model: nn.Module) -> bool:
+    """Whether a part of the model that is in training mode has dropout."""
+    for module in modules(model):
+        held = vars(module)
+        rates = [held.get("p")] if isinstance(module, _DropoutNd) else []
+        rates += [x for name, x in held.items() if "dropout" in name]
+        if module.training and any(isinstance(x, float) and x > 0 for x in rates):
+            return True
+    return False
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether its user has something run with its forwards, or with all modules'."""
     for hook in (
@@ -132,6 +144,15 @@ def hooked(
         module.register_forward_hook(on_exit),
     ):
         yield
+
+
+def surely(restore: Callable[[], None]) -> None:
+    """Calls what puts things back, once more if Ctrl-C comes meanwhile: it may do things twice."""
+    try:
+        restore()
+    except KeyboardInterrupt:
+        restore()
+        raise
 
 
 def captures_outputs(hook: Callable[..., Any]) -> bool:

@@ -292,3 +292,30 @@ def test_adapters_that_are_gone_may_be_in_the_weights(models, unloaded):
     with models[0].disable_adapter(), models[1].disable_adapter():
         same(models, cache, PROMPTS)
     same([getattr(model, unloaded)() for model in models], cache, PROMPTS)
+
+
+def test_an_adapter_that_is_added_or_removed_changes_nothing_stored(models):
+    cache = pat_hf.PATCache(models[1], keep_bytes=1 << 30)
+    same(models, cache, PROMPTS)
+    config = LoraConfig(target_modules=["q_proj"], r=2)
+    for model in models:
+        model.add_adapter("third", config)
+    assert same(models, cache, PROMPTS) == 0
+    for model in models:
+        model.delete_adapter("third")
+    assert same(models, cache, PROMPTS) == 0
+
+
+def test_dropout_of_an_adapter_alone():
+    models = [
+        get_peft_model(
+            copy.deepcopy(model),
+            LoraConfig(target_modules=["v_proj"], r=4, lora_dropout=0.5, init_lora_weights=False),
+        )
+        for model in pair("Llama")
+    ]
+    models[1].load_state_dict(models[0].state_dict())
+    cache = pat_hf.PATCache(models[1], keep_bytes=1 << 30)
+    assert models[1].training and not models[1].get_base_model().training
+    generate(models[1], PROMPTS, cache)
+    same([model.eval() for model in models], cache, PROMPTS)

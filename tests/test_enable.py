@@ -164,9 +164,19 @@ def test_blocks_that_overlap():
 
 
 def test_an_enabled_model_from_a_file_is_enabled_anew(tmp_path):
-    model = copy.deepcopy(pair("Llama")[0])
+    model = pair.__wrapped__("Llama")[0]
     pat_hf.enable(model)
     torch.save(model, tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
     pat_hf.enable(loaded)
     assert tokens_through(loaded)[1] == tokens_through(model)[1]
+    pat_hf.disable(loaded)
+    assert loaded.config._attn_implementation == "sdpa" and "generate" not in vars(loaded)
+
+
+def test_a_block_leaves_enabled_what_was():
+    model = copy.deepcopy(pair("Llama")[0])
+    pat_hf.enable(model)
+    with pat_hf.enabled(model):
+        pass
+    assert tokens_through(model)[1] < tokens_through(pair("Llama")[0])[1]

@@ -127,6 +127,18 @@ def _forced(model, inputs, forced, cache):
     return torch.stack(out.logits, 1)
 
 
+def test_forwards_of_a_prefill_are_even():
+    _, pat = pair("Llama")
+    sizes = []
+    hook = pat.model.embed_tokens.register_forward_hook(
+        lambda module, args, out: sizes.append(args[0].shape[1])
+    )
+    cache = pat_hf.PATCache(pat, prefill_tokens=300)
+    pat.generate(2 + torch.arange(700)[None] % 90, past_key_values=cache, max_new_tokens=1)
+    hook.remove()
+    assert sizes == [256, 256, 188]
+
+
 @pytest.mark.parametrize("extra", [{}, {"num_return_sequences": 3, "do_sample": True}])
 @pytest.mark.parametrize("chunk", [13, 8192])
 def test_every_distinct_token_is_computed_once(chunk, extra):

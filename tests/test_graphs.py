@@ -364,7 +364,7 @@ def test_changed_weights_modules_or_sizes_are_captured_anew(rerun):
     first = generate(model, inputs, cache)
     with torch.no_grad():
         model.model.norm.weight.copy_(torch.rand_like(model.model.norm.weight))  # in place
-    cache._written = None  # on a GPU, a cache that is emptied keeps its addresses
+    cache._weights = {}  # on a GPU, a cache that is emptied keeps its addresses
     second = generate(model, inputs, cache)
     assert Rerun.made == 1 and not torch.equal(first, second)
     model.model.norm.weight = torch.nn.Parameter(model.model.norm.weight.detach().clone())

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import pat_hf
-from pat_hf import layers
+from pat_hf import layers, norms
 from pat_hf.norms import fused, rms_norms
 
 from .models import MODELS, batch, pair
@@ -183,3 +183,21 @@ def test_threads_overlap(llama, taken):
     compute("after")
     assert seen == {"beside": 0, "other": 1, "this": 1, "after": 0}
     assert "forward" not in vars(norm)
+
+
+def test_an_interrupt_while_norms_are_put_back(monkeypatch):
+    _, pat = pair("Llama")
+    calls = []
+    restore = norms._restore
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 1:
+            restore(args[0][:2], *args[1:])
+            raise KeyboardInterrupt
+        restore(*args)
+
+    monkeypatch.setattr(norms, "_restore", interrupted)
+    with pytest.raises(KeyboardInterrupt), norms.fused(norms.rms_norms(pat)):
+        pass
+    assert not norms._held and not any("forward" in vars(x) for x in pat.modules())

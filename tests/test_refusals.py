@@ -16,6 +16,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 import pat_hf
 from pat_hf.attention import pat_attention
 from pat_hf.cache import page_pool, pat_cache
+from pat_hf.cache.memory import Memory
 from pat_hf.prefill import prefill
 
 from .models import CORE, REFUSED, batch, pair
@@ -426,3 +427,26 @@ def test_gradient_checkpointing():
                 for model, given in ((stock, None), (pat, cache))
             ]
             assert torch.equal(*outs)
+
+
+def test_negative_ids_are_none():
+    _, pat = pair("Llama")
+    with pytest.raises(ValueError, match="ids from -1 to 4, and the model's are at least 0"):
+        pat_hf.PATCache(pat).pin([4, -1])
+
+
+@pytest.mark.parametrize(
+    "words, error",
+    [
+        ("DefaultCPUAllocator: can't allocate memory", torch.OutOfMemoryError),
+        ("else", RuntimeError),
+    ],
+)
+def test_the_memory_of_the_cpu(monkeypatch, words, error):
+    def empty(*args, **kwargs):
+        raise RuntimeError(words)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    with pytest.raises(error) as raised:
+        Memory().resize(0, 4, [(1, 16, 8)], torch.float32, torch.device("cpu"))
+    assert raised.type is error

@@ -9,6 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import pat_hf
+from pat_hf.cache import archive
+from pat_hf.cache.columns import Columns
+from pat_hf.cache.prefix_tree import PrefixTree
 
 from .models import CORE, batch, pair, pair_of
 from .test_generate import text
@@ -573,7 +576,32 @@ def test_weights_that_were_changed_in_place_leave_nothing_stored():
     assert cache.prefilled == before
 
 
-def test_what_dropout_had_a_say_in_is_not_reused():
+def test_changed_weights_are_noticed_before_saving_and_after_loading(tmp_path):
+    _, pat = pair.__wrapped__("Llama")
+    cache = pat_hf.PATCache(pat, ROOM)
+    generate(pat, [SYSTEM], cache)
+    path = saved(tmp_path, cache)
+    loaded = pat_hf.PATCache.load(path, pat)
+    with torch.no_grad():
+        pat.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    generate(pat, [SYSTEM], loaded)
+    assert loaded.prefilled == len(SYSTEM)
+    cache.save(path)
+    assert not pat_hf.PATCache.load(path, pat).pool.used
+
+
+def test_new_tokens_alone_for_an_emptied_cache_are_refused():
+    _, pat = pair.__wrapped__("Llama")
+    cache = pat_hf.PATCache(pat)
+    out = generate(pat, [SYSTEM], cache)
+    with torch.no_grad():
+        pat.model.norm.weight.mul_(1.5)
+    more = {"input_ids": out[:, -1:], "attention_mask": torch.ones_like(out)}
+    with pytest.raises(ValueError, match="holds none.*was emptied.*all tokens"):
+        pat.generate(**more, past_key_values=cache)
+
+
+def test_what_was_computed_with_dropout_is_not_reused():
     config = copy.deepcopy(CORE["GPT-2"])
     config.resid_pdrop = config.attn_pdrop = config.embd_pdrop = 0.5
     stock, pat = pair_of(config)
@@ -581,4 +609,91 @@ def test_what_dropout_had_a_say_in_is_not_reused():
     pat.train()
     generate(pat, [SYSTEM], cache)
     pat.eval()
-    assert torch.equal(generate(pat, [SYSTEM], cache), generate(stock, [SYSTEM]))
+    out = generate(pat, [SYSTEM], cache)
+    assert torch.equal(out, generate(stock, [SYSTEM]))
+    pat.train()
+    more = torch.cat([out, torch.tensor([[5, 6]])], 1)
+    new = {"input_ids": more[:, -3:], "attention_mask": torch.ones_like(more)}
+    longer = pat.generate(**new, past_key_values=cache, max_new_tokens=3)
+    pat.eval()
+    whole = [more[0].tolist() + longer[0, 3:].tolist()]
+    assert torch.equal(generate(pat, whole, cache), generate(stock, whole))
+
+
+def once(monkeypatch, owner, name, error, call=1, before=True):
+    """Has the `call`-th call of a function fail, before its work or after it."""
+    function, calls = getattr(owner, name), []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        out = None if before and len(calls) == call else function(*args, **kwargs)
+        if len(calls) == call:
+            raise error
+        return out
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+def test_an_interrupt_once_a_step_is_stored_leaves_no_wrong_tokens(monkeypatch):
+    stock, pat = pair("Llama")
+    cache = cache_of()
+    once(monkeypatch, Columns, "advance", KeyboardInterrupt, 6, before=False)
+    with pytest.raises(KeyboardInterrupt):
+        generate(pat, [SYSTEM], cache, max_new_tokens=12)
+    longer = generate(stock, [SYSTEM], max_new_tokens=12)[0, :-2].tolist()
+    assert torch.equal(generate(pat, [longer], cache), generate(stock, [longer]))
+
+
+def test_equal_answers_stay_apart_where_memory_is_full(monkeypatch):
+    stock, pat = pair("Llama")
+    cache = pat_hf.PATCache(pat, page_size=PAGE)
+    answer = generate(stock, [SYSTEM], max_new_tokens=12)[0].tolist()
+    generate(pat, [SYSTEM, answer[:-6]], cache, max_new_tokens=12)
+    full = torch.OutOfMemoryError("full")
+    once(monkeypatch, PrefixTree, "merge", full)
+    cache.clear()
+    assert not cache.pool.used
+
+
+def test_a_length_is_that_of_the_emptied_cache(monkeypatch):
+    stock, pat = pair("GPT-2")
+    cache = pat_hf.PATCache(pat)
+    generate(pat, [SYSTEM], cache)
+    once(monkeypatch, PrefixTree, "select", KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cache.clear()
+    ids = torch.tensor([SYSTEM])
+    ours, theirs = pat(ids, past_key_values=cache).logits, stock(ids).logits
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=2e-4)
+
+
+def test_a_first_forward_that_fails_leaves_no_requests(monkeypatch):
+    stock, pat = pair("Llama")
+    cache = pat_hf.PATCache(pat)
+    once(monkeypatch, type(cache.pool), "write", RuntimeError("no"))
+    with pytest.raises(RuntimeError):
+        pat(torch.tensor([SYSTEM] * 3), past_key_values=cache)
+    ids = torch.tensor([SYSTEM])
+    ours, theirs = pat(ids, past_key_values=cache).logits, stock(ids).logits
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=2e-4)
+
+
+def test_pins_outlive_a_restart_that_is_interrupted(monkeypatch):
+    cache = cache_of()
+    cache.pin(SYSTEM)
+    same(cache, [SYSTEM])
+    cache._broken = True
+    once(monkeypatch, pat_hf.PATCache, "_begin_batch", KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cache.report()
+    same(cache, [SYSTEM])
+    assert len(cache.prefixes.pins) == 1
+
+
+def test_a_save_that_fails_leaves_no_file(monkeypatch, tmp_path):
+    cache = cache_of()
+    same(cache, [SYSTEM])
+    once(monkeypatch, archive, "save_file", OSError("no space"), before=False)
+    with pytest.raises(OSError):
+        cache.save(tmp_path / "cache.safetensors")
+    assert not list(tmp_path.iterdir())

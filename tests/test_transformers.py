@@ -460,7 +460,7 @@ def test_no_gradients_through_stored_tokens():
 
 
 def test_a_copy_that_is_made_meanwhile_is_a_model_of_its_own():
-    _, pat = pair.__wrapped__("Llama")
+    stock, pat = pair.__wrapped__("Llama")
     copies = []
 
     def snapshot(ids, scores):
@@ -471,16 +471,21 @@ def test_a_copy_that_is_made_meanwhile_is_a_model_of_its_own():
     inputs = batch([[3, 4, 5]])
     cache = pat_hf.PATCache(pat)
     pat.generate(**inputs, past_key_values=cache, logits_processor=[snapshot], max_new_tokens=1)
-    for parameter in copies[0].parameters():
+    twin = copies[0]
+    out = twin.generate(**inputs, past_key_values=pat_hf.PATCache(twin), max_new_tokens=3)
+    assert torch.equal(out, stock.generate(**inputs, max_new_tokens=3))
+    assert "forward" not in vars(twin)
+    for parameter in twin.parameters():
         parameter.data.zero_()
-    assert not copies[0](**inputs).logits.any() and pat(**inputs).logits.any()
+    assert not twin(**inputs).logits.any() and pat(**inputs).logits.any()
 
 
 def test_a_loop_that_feeds_one_buffer_again_and_again():
     stock, pat = pair("Llama")
 
-    def loop(model, input_ids, generation_config=None, **kwargs):
-        out, token = model._prefill(input_ids, generation_config, kwargs), input_ids[:, :1].clone()
+    def loop(model, input_ids, *args, generation_config=None, **kwargs):
+        given = {name: kwargs[name] for name in ("past_key_values", "attention_mask")}
+        out, token = model._prefill(input_ids, generation_config, given), input_ids[:, :1].clone()
         step = {"input_ids": token, "past_key_values": kwargs["past_key_values"]}
         for position in range(input_ids.shape[1], input_ids.shape[1] + 6):
             token.copy_(out.logits[:, -1:].argmax(-1))
@@ -495,6 +500,7 @@ def test_a_loop_that_feeds_one_buffer_again_and_again():
     kwargs = {"max_new_tokens": 8, "do_sample": False}
     ours = pat.generate(other, past_key_values=cache, **kwargs)
     assert torch.equal(ours, stock.generate(other, **kwargs))
+    assert cache.report().found_tokens == len({5, 6, 7}) + 2  # of other answers, none
 
 
 def test_a_model_that_prepares_an_argument_of_its_own():
