@@ -147,6 +147,8 @@ class PATCache(Cache):
         self.rotaries = rotary.scaled(self.model)  # their frequencies follow the batch's length
         self.own_loop = True  # forwards, if there are any, are not those of Transformers' loops
         self.anew = False  # prompts that come whole are about to be numbered from their beginning
+        self._mode: tuple[bool, bool] | None = None  # of training: the model's, its adapters'
+        self._drops_out = False  # in that mode
         self._user = threading.RLock()
         self._weights: dict[int, tuple[weakref.ref[nn.Parameter], int]] = {}
         self._begin_batch()
@@ -465,11 +467,12 @@ class PATCache(Cache):
     def _families(self, batch: int) -> list[Hashable]:
         """What the adapters are that compute each row now."""
         families = adapters.families(self.tuned, batch)
+        # Looked for once a call, and when the mode changes: steps ask, too.
+        mode = self.model.training, any(layer.training for layer in self.tuned)
+        if mode != self._mode:
+            self._mode, self._drops_out = mode, any(mode) and drops_out(self.model)
         # K and V that were computed with dropout are nobody else's.
-        training = self.model.training or any(layer.training for layer in self.tuned)
-        if training and drops_out(self.model):
-            return [("dropout", family) for family in families]
-        return families
+        return [("dropout", family) for family in families] if self._drops_out else families
 
     def _find_adapters(self) -> None:
         found = adapters.layers(self.model)
@@ -727,6 +730,7 @@ class PATCache(Cache):
         self._refuse_checkpointing()
         self._forget_stale()
         self._find_adapters()
+        self._mode = None
         if self.pool.layers and model.dtype != self.dtype:
             raise ValueError(
                 f"This PATCache was filled in {self.dtype} and the model is now in {model.dtype}. "

@@ -488,8 +488,8 @@ def _attend(
         _wait(k_full, at)
         next_s = _scores(b_q, k_tiles.index(stage), S)
         # The first step has no weights yet, and multiplies whatever lies there; the next one's sum
-        # begins anew. A first step written out would be 760 instructions more, which a launch has
-        # to fetch where others ran before it: up to 11% of a small tree's time.
+        # begins anew. A first step written out would be code that a launch has to fetch, where
+        # other kernels ran before it.
         next_out = warpgroup_mma(
             weights, v_tiles.index(before), b_out, use_acc=j > 1, is_async=True
         )

@@ -55,7 +55,8 @@ def enable(model: PreTrainedModel, **options: Any) -> None:
                 f"to be with {options}. Call disable() before."
             )
         model = _inner(model)
-        if model.generate.__func__ is type(model).generate:  # as it comes back from a file
+        own = getattr(model.generate, "__func__", None)
+        if own is type(model).generate:  # as it comes back from a file
             model.generate = MethodType(_generate, model)
         return
     model = _inner(model)

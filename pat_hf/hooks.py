@@ -22,6 +22,7 @@ from pat_hf.support import surely
 
 _served: weakref.WeakKeyDictionary[PreTrainedModel, set[object]] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
+_PLAIN = TOLD | {"inputs_embeds"}  # arguments of a prefill whose tokens tell K and V
 
 
 def install() -> None:
@@ -280,9 +281,8 @@ def _unshareable(
 def _opaque(
     model: PreTrainedModel, cache: PATCache, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
 ) -> str | None:
-    plain = TOLD | {"inputs_embeds"}
     others = [
-        name for name, x in model_kwargs.items() if name not in plain and not _says_nothing(x)
+        name for name, x in model_kwargs.items() if name not in _PLAIN and not _says_nothing(x)
     ]
     if others:
         return f"{', '.join(others)} may make equal tokens differ"
@@ -313,8 +313,8 @@ def _prepares(
     given, positions = model_kwargs.get("position_ids"), fed.get("position_ids")
     if given is not None and (positions is None or not torch.equal(positions, given)):
         return f"{type(model).__name__} has numbers of its own for tokens"
-    plain = TOLD | {"inputs_embeds"} | model_kwargs.keys()
-    if added := [name for name, x in fed.items() if name not in plain and not _says_nothing(x)]:
+    known = _PLAIN | model_kwargs.keys()
+    if added := [name for name, x in fed.items() if name not in known and not _says_nothing(x)]:
         return f"{type(model).__name__} adds {', '.join(added)}"
     return None
 

@@ -180,3 +180,12 @@ def test_a_block_leaves_enabled_what_was():
     with pat_hf.enabled(model):
         pass
     assert tokens_through(model)[1] < tokens_through(pair("Llama")[0])[1]
+
+
+def test_enabling_again_leaves_a_wrapper_alone():
+    model = copy.deepcopy(pair("Llama")[0])
+    pat_hf.enable(model)
+    inner = model.generate
+    model.generate = wrapper = lambda *args, **kwargs: inner(*args, **kwargs)
+    pat_hf.enable(model)
+    assert model.generate is wrapper

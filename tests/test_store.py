@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import pat_hf
-from pat_hf.cache import archive
+from pat_hf.cache import archive, pat_cache
 from pat_hf.cache.columns import Columns
 from pat_hf.cache.prefix_tree import PrefixTree
 
@@ -574,6 +574,16 @@ def test_weights_that_were_changed_in_place_leave_nothing_stored():
     before = cache.prefilled
     pat_hf.loglikelihoods(pat, [SYSTEM], [[3]], cache)
     assert cache.prefilled == before
+
+
+def test_dropout_is_looked_for_once_a_call(monkeypatch):
+    pat = pair_of(CORE["Llama"])[1].train()
+    asked = []
+    monkeypatch.setattr(pat_cache, "drops_out", lambda model: asked.append(1) and False)
+    cache = pat_hf.PATCache(pat)
+    for _ in range(2):
+        generate(pat, [SYSTEM], cache)
+    assert len(asked) == 2
 
 
 def test_changed_weights_are_noticed_before_saving_and_after_loading(tmp_path):

@@ -1,5 +1,6 @@
 """One model, several threads, a cache for each: the tokens are those of one thread."""
 
+import copy
 import sys
 import threading
 
@@ -82,3 +83,16 @@ def test_a_cache_is_one_threads_at_a_time():
     assert len(errors) == 2 and all("in use by another thread" in error for error in errors)
     intrude()
     assert len(errors) == 2
+
+
+def test_a_copy_is_free_while_its_original_is_in_use():
+    _, pat = pair("Llama")
+    cache = pat_hf.PATCache(pat)
+    twin, outs = copy.deepcopy(cache), []
+    inputs = batch(BATCHES["ragged"])
+    run = lambda: outs.append(pat.generate(**inputs, past_key_values=twin, **KWARGS))  # noqa: E731
+    with cache.in_use():
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    assert len(outs) == 1
