@@ -126,9 +126,19 @@ def _wait(bars, n, flip: gl.constexpr = 0):
 
 
 @gluon.jit
+def _places(p_chunks, i_c, CHUNKS: gl.constexpr):
+    """Where the chunks of a step lie, from chunk i_c on."""
+    places = ()
+    for c in gl.static_range(CHUNKS):
+        places = places + (gl.load(p_chunks + (i_c + c) * CHUNK_COLUMNS),)
+    return places
+
+
+@gluon.jit
 def _load_kv(
     desc,
     pipe,
+    asked,
     plan,
     W,
     H: gl.constexpr,
@@ -150,16 +160,21 @@ def _load_kv(
     for i_j in range(gl.program_id(0), queues * H, gl.num_programs(0)):
         i_h = i_j % H
         p_queue = p_queues + i_j // H * QUEUE_COLUMNS
-        p_end = p_queue + QUEUE_COLUMNS
-        for i_c in range(gl.load(p_queue + QUEUE_CHUNK), gl.load(p_end + QUEUE_CHUNK), CHUNKS):
-            p_chunk = p_chunks + i_c * CHUNK_COLUMNS
+        begin = gl.load(p_queue + QUEUE_CHUNK)
+        end = gl.load(p_queue + QUEUE_COLUMNS + QUEUE_CHUNK)
+        later = _places(p_chunks, begin, CHUNKS)
+        for i_c in range(begin, end, CHUNKS):
+            # Read while this step waits for room: it takes about as long as a step to compute.
+            places, later = later, _places(p_chunks, gl.minimum(i_c + CHUNKS, end - CHUNKS), CHUNKS)
+            if n == 1:
+                # Behind several steps' keys and values, the queries would be late for the first.
+                mbarrier.wait(asked.index(0), 0)
             stage = n & (STAGES - 1)
             bar = full.index(stage)
             _wait(empty, n, 1)
             mbarrier.expect(bar, BYTES)
             for c in gl.static_range(CHUNKS):
-                where = gl.load(p_chunk + c * CHUNK_COLUMNS)
-                row = where // P * PAGE + i_h * HEAD + where % P
+                row = places[c] // P * PAGE + i_h * HEAD + places[c] % P
                 to = tiles.index(stage).slice(c * CHUNK, CHUNK)
                 for part in gl.static_range(tiles.shape[2] // 64):
                     async_load(desc, [row, part * 64], bar, to.slice(part * 64, 64, dim=1))
@@ -189,28 +204,23 @@ def _next_block(p_blocks, i_b):
 @gluon.jit
 def _copy_queries(
     q,
-    p_rows,
+    i_m,
     first,
     count,
     i_h,
-    positions_of,
     sq_r,
     sq_h,
     tile,
     numbers,
-    positions,
     G: gl.constexpr,
     K: gl.constexpr,
 ):
-    """Copies up to 64 queries of a block from row `first` on, and their numbers and positions."""
+    """Starts to copy up to 64 queries of a block from row `first` on, whose numbers are i_m."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     PIECE: gl.constexpr = 16
     PIECE_ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    o_m = gl.arange(0, 64, layout=gl.BlockedLayout([1], [32], [1], [0]))
     o_i = gl.arange(0, PIECE, layout=PIECE_ROWS)
     o_k = gl.arange(0, 64, layout=gl.SliceLayout(0, LAYOUT))
-    i_m = gl.load(p_rows + (first + o_m) // G, mask=first + o_m < count, other=0)
-    i_p = gl.load(positions_of + i_m)
     numbers.store(i_m)
     barrier()
     for i in gl.static_range(64 // PIECE):
@@ -227,9 +237,6 @@ def _copy_queries(
                 p_x = p_q[:, None] + (part * 64 + o_k)[None, :]
                 copy_rows(to.slice(part * 64, 64, dim=1), p_x, mask=m_q)
     async_copy.commit_group()
-    positions.store(i_p)
-    async_copy.wait_group(0)
-    barrier()
 
 
 @gluon.jit
@@ -241,6 +248,7 @@ def _load_q(
     sq_r,
     sq_h,
     pipe,
+    asked,
     H: gl.constexpr,
     G: gl.constexpr,
     K: gl.constexpr,
@@ -253,6 +261,7 @@ def _load_q(
     p_blocks = plan + gl.load(plan + BLOCKS_AT)
     p_rows = plan + gl.load(plan + ROWS_AT)
     queues = gl.load(plan + QUEUES_SIZE) // QUEUE_COLUMNS - 1
+    o_m = gl.arange(0, 64, layout=gl.BlockedLayout([1], [32], [1], [0]))
     n = 0
     turn = 0
     for i_j in range(gl.program_id(0), queues * H, gl.num_programs(0)):
@@ -264,16 +273,23 @@ def _load_q(
         for i_b in range(gl.load(p_queue + QUEUE_BLOCK), gl.load(p_end + QUEUE_BLOCK)):
             row, begin = next_row, next_begin
             count = (next_end - row) * G
+            first = (count > 64).to(gl.int32) * (64 * GROUP)
+            # On its way before it is known whose block this is.
+            i_m = gl.load(p_rows + row + (first + o_m) // G, mask=first + o_m < count, other=0)
             next_begin, next_row, next_end, _ = _next_block(p_blocks, i_b)
-            wide, alone, mine = _whose(count, (next_begin - begin) // CHUNKS, turn, GROUP)
+            _, alone, mine = _whose(count, (next_begin - begin) // CHUNKS, turn, GROUP)
             turn += alone.to(gl.int32)
             if mine:
                 i_n = (n & 1) * 2
                 mbarrier.wait(empty.index(0), (n & 1) ^ 1)
-                _copy_queries(
-                    q, p_rows + row, wide * (64 * GROUP), count, i_h, plan + W, sq_r, sq_h,
-                    tile, numbers.index(i_n), numbers.index(i_n + 1), G, K,
-                )  # fmt: skip
+                i_p = gl.load(plan + W + i_m)
+                _copy_queries(q, i_m, first, count, i_h, sq_r, sq_h, tile, numbers.index(i_n), G, K)
+                if GROUP == 0:  # a program's first block is always its
+                    if n == 0:
+                        mbarrier.arrive(asked.index(0), count=1)
+                numbers.index(i_n + 1).store(i_p)
+                async_copy.wait_group(0)
+                barrier()
                 mbarrier.arrive(full.index(0), count=1)
                 n += 1
 
@@ -735,6 +751,7 @@ def hopper_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    asked = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     l_full = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     l_empty = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     r_full = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
@@ -749,6 +766,7 @@ def hopper_kernel(
         mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=2)
+    mbarrier.init(asked.index(0), count=1)
     mbarrier.init(l_full.index(0), count=1)
     mbarrier.init(l_empty.index(0), count=1)
     mbarrier.init(r_full.index(0), count=1)
@@ -780,10 +798,10 @@ def hopper_kernel(
                     H, G, V, CHUNK, QUEUES, USE_SOFTCAP, USE_SINKS,
                 ),
             ),
-            (_load_kv, (k_desc, keys, plan, W, H, P, KP, KH, QUEUES)),
-            (_load_kv, (v_desc, values, plan, W, H, P, VP, VH, QUEUES)),
-            (_load_q, (0, q, plan, W, sq_r, sq_h, left, H, G, K, BN // CHUNK, QUEUES)),
-            (_load_q, (1, q, plan, W, sq_r, sq_h, right, H, G, K, BN // CHUNK, QUEUES)),
+            (_load_kv, (k_desc, keys, asked, plan, W, H, P, KP, KH, QUEUES)),
+            (_load_kv, (v_desc, values, asked, plan, W, H, P, VP, VH, QUEUES)),
+            (_load_q, (0, q, plan, W, sq_r, sq_h, left, asked, H, G, K, BN // CHUNK, QUEUES)),
+            (_load_q, (1, q, plan, W, sq_r, sq_h, right, asked, H, G, K, BN // CHUNK, QUEUES)),
         ],
         [4, 1, 1, 1, 1],
         [REGISTERS, 24, 24, 40, 40],
