@@ -573,7 +573,8 @@ def _of_merge(call: _Call, rows: int, processors: int, pdl: bool) -> _Launch:
     options = dict(
         HQ=query_heads, V=value_dim, BH=many, BV=value_block,
         USE_SINKS=call.sinks is not None, USE_PDL=pdl,
-        num_warps=max(many * value_block // 256, 1), **({"launch_pdl": True} if pdl else {}),
+        # Programs of one warp are there before the blocks have ended, beside Hopper's, too.
+        num_warps=4 if many * value_block > 128 else 1, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     arguments = call.plan, call.partial, call.lse, call.out, call.sinks
     return _Launch(merge_kernel, (rows, triton.cdiv(query_heads, many)), arguments, options)
