@@ -524,7 +524,9 @@ def _of_hopper(
         BN=machine.shapes[-1].tokens, STAGES=hopper.STAGES, num_warps=4,
         maxnreg=hopper.REGISTERS[0], REGISTERS=hopper.REGISTERS[1],
     )  # fmt: skip
-    arguments = (call.q, *sources, *call.behind_pages, call.plan.numel(), *call.strides)
+    span = 1 + sum((n - 1) * step for n, step in zip(call.q.shape, call.q.stride(), strict=True))
+    sizes = call.plan.numel(), min(span, 1 << 30)
+    arguments = (call.q, *sources, *call.behind_pages, *sizes, *call.strides)
     return _Launch(hopper.hopper_kernel, (processors,), arguments, options)
 
 

@@ -697,6 +697,7 @@ def hopper_kernel(
     softcap,
     W,
     SIZE,
+    SPAN,
     sq_r,
     sq_h,
     H: gl.constexpr,
@@ -720,13 +721,17 @@ def hopper_kernel(
     Args:
         k_desc, v_desc: of K and V as [any, K or V], in boxes of a chunk's rows and 64 columns.
         SIZE: elements of the plan.
+        SPAN: elements from q's first to its last.
         KP, KH, VP, VH: rows of these from a page, or a head, to the next.
     """
     tl.extra.cuda.gdc_launch_dependents()
     # While the barriers are made, what all warps are going to read first is on its way, and all of
-    # the plan to the L2, where programs share it: a line a thread.
+    # the plan to the L2, where programs share it, and the queries of a decode step: a line of each
+    # a thread.
     thread = gl.arange(0, 128, layout=gl.BlockedLayout([1], [32], [4], [0]))
-    _prefetch(plan + gl.minimum((gl.program_id(0) * 128 + thread) * 32, SIZE - 1))
+    line = gl.program_id(0) * 128 + thread
+    _prefetch(plan + gl.minimum(line * 32, SIZE - 1))
+    _prefetch(q + gl.minimum(line * 64, SPAN - 1))
     _prefetch(plan)
     _prefetch(plan + W)
     _prefetch(plan + 2 * W + QUEUES + gl.program_id(0) // H * QUEUE_COLUMNS)
