@@ -19,7 +19,7 @@ from pat_hf import adapters
 from pat_hf.cache.page_pool import PagePool
 from pat_hf.cache.prefix_tree import Node, PrefixTree
 
-_FORMAT = "pat_hf prompts, 2"
+_FORMAT = "pat_hf prompts, 3"
 # What of a config K and V don't depend on.
 _ASIDE = {
     "architectures", "bos_token_id", "dtype", "eos_token_id", "pad_token_id",
@@ -58,6 +58,9 @@ def write(path: str | Path, tree: PrefixTree, pool: PagePool, about: dict[str, A
 
     Args:
         about: the model's `fingerprint`.
+
+    Raises:
+        OSError: if it can't be written.
     """
     rows: dict[Node, int] = {}
     for node in tree:
@@ -78,10 +81,14 @@ def write(path: str | Path, tree: PrefixTree, pool: PagePool, about: dict[str, A
         for name, pages in zip(("keys", "values"), layer, strict=True):
             place = (x.to(pages.device) for x in (page, slot))
             tensors[f"{name}.{index}"] = _gather(pages, *place).cpu()
+    model = json.dumps(about)
+    metadata = {"format": _FORMAT, "model": model, "checksum": _checksum(model, tensors)}
     part = f"{path}.part"
     try:
-        save_file(tensors, part, {"format": _FORMAT, "model": json.dumps(about)})
+        save_file(tensors, part, metadata)
         os.replace(part, path)
+    except SafetensorError as error:
+        raise OSError(f"{path} can't be written: {error}.") from error
     finally:
         Path(part).unlink(missing_ok=True)
 
@@ -106,6 +113,10 @@ def read(path: str | Path, tree: PrefixTree, pool: PagePool, model: PreTrainedMo
             f"{path} was not written by PATCache.save of this version: its format is "
             f"{about.get('format')!r} and {_FORMAT!r} is expected."
         )
+    if about.get("checksum") != _checksum(about.get("model", ""), tensors):
+        raise ValueError(
+            f"{path} is damaged: it holds something else than was written. Save the cache anew."
+        )
     _compare(path, json.loads(about["model"]), fingerprint(model))
     tokens, parent, length, used, ended = (
         tensors.pop(name).numpy() for name in ("tokens", "parent", "length", "used", "ended")
@@ -128,6 +139,15 @@ def read(path: str | Path, tree: PrefixTree, pool: PagePool, model: PreTrainedMo
             for kind in ("keys", "values")
         )
         pool.write(index, keys, values, page.to(device), slot.to(device))
+
+
+def _checksum(model: str, tensors: dict[str, torch.Tensor]) -> str:
+    checksum = hashlib.sha256(model.encode())
+    for name, tensor in sorted(tensors.items()):
+        checksum.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        if tensor.numel():  # PyTorch can't view nothing as bytes
+            checksum.update(tensor.flatten().view(torch.uint8).numpy())
+    return checksum.hexdigest()
 
 
 def _compare(path: str | Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

@@ -1175,6 +1175,9 @@ class PATCache(Cache):
 
         Args:
             path: a file, safetensors.
+
+        Raises:
+            OSError: if it can't be written; what was there before stays.
         """
         self._forget_stale()
         self._withdraw()

@@ -22,8 +22,8 @@ class Report:
         bytes_held: bytes of the batch's pages, in all layers.
         bytes_per_token: bytes of a token's K and V in all layers.
         read_tokens: tokens whose K and V a decode step reads.
-        prompt_tokens, prefilled_tokens: prompt tokens given since the last reset, and those that
-            went through the model.
+        prompt_tokens, prefilled_tokens: tokens of prompts that could share, given since the last
+            reset, and those of them that went through the model.
         found_tokens: distinct tokens of the prompts since then that were stored by earlier calls.
         kept_tokens, kept_bytes: what is stored beyond the batch and pinned prompts, tokens and
             bytes of their pages.

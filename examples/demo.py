@@ -99,7 +99,7 @@ def read_prompts(path: Path) -> list[tuple[str, str | None]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            pairs.append((row["prompt"], row.get("answer")))
+            pairs.append((row["prompt"] + "", row.get("answer")))
         except (ValueError, TypeError, KeyError, AttributeError):
             sys.exit(f'{path}, line {number}: {line[:60]!r} is not {{"prompt": "..."}}.')
     return pairs
@@ -154,14 +154,13 @@ def show_answers(pairs: list[tuple[str, str | None]], answers: list[str]) -> Non
     """Prints the end of each prompt with its answer, and the number right where that is known."""
     right = known = 0
     for (prompt, wanted), answer in zip(pairs, answers, strict=True):
-        asked = prompt.rstrip().splitlines()
-        question = asked[-2] if asked[-1] == "Answer:" else asked[-1]
+        asked = prompt.rstrip().removesuffix("\nAnswer:").splitlines() or [""]
         mark = " "
         if wanted is not None:
             known += 1
             right += answer.strip() == wanted
             mark = "✓" if answer.strip() == wanted else f"✗ ({wanted})"
-        print(f"{question[-90:]:<72} {answer.strip()[:60]} {mark}")
+        print(f"{asked[-1][-90:]:<72} {answer.strip()[:60]} {mark}")
     if known:
         print(f"\n{right} of {known} right")
 

@@ -396,10 +396,11 @@ def make_plan(
             rows is left out. They can do with a plan for all tokens as well.
 
     Raises:
-        ValueError: if the arguments contradict each other.
+        ValueError: if one of the others isn't as said. `nodes` is taken for what it should be: to
+            look through a tree would take longer than to plan for it.
     """
     node, position = np.asarray(node), np.asarray(position)
-    _check(nodes, node, position, heads, page_size)
+    _check(nodes, node, position, heads, page_size, ahead, window)
     forest = _compress(nodes, node, position, window)
     tilings = [_query_tiles(forest, heads, machine)]
     # To search is not worth it for one forward, nor where much more would have to be read.
@@ -826,10 +827,21 @@ def _cuts(lengths: np.ndarray, queues: int, least: int) -> np.ndarray:
 
 
 def _check(
-    nodes: Nodes, node: np.ndarray, position: np.ndarray, heads: Heads, page_size: int
+    nodes: Nodes,
+    node: np.ndarray,
+    position: np.ndarray,
+    heads: Heads,
+    page_size: int,
+    ahead: int | None,
+    window: int | None,
 ) -> None:
     if page_size < 16 or page_size & (page_size - 1):
         raise ValueError(f"page_size={page_size}: it must be a power of two from 16.")
+    if ahead is not None and ahead < 0 or window is not None and window < 1:
+        raise ValueError(
+            f"ahead={ahead}, window={window}: positions are advanced by 0 or more, and a window "
+            "has 1 token or more; None if there is no such limit."
+        )
     if heads.kv < 1 or heads.query % heads.kv:
         raise ValueError(
             f"{heads.query} query heads don't divide among {heads.kv} KV heads; every KV head "

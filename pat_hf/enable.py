@@ -95,7 +95,7 @@ def enabled(model: PreTrainedModel, **options: Any) -> Iterator[PreTrainedModel]
         model, options: as for `enable`.
 
     Raises:
-        ValueError: as `enable`.
+        TypeError, ValueError: as `enable`.
     """
     block = object()
     with _lock:
@@ -120,7 +120,7 @@ def _inner(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _state(model: PreTrainedModel) -> _Enabled | None:
-    return vars(_inner(model)).get("_pat_hf")
+    return getattr(_inner(model), "__dict__", {}).get("_pat_hf")
 
 
 @functools.wraps(GenerationMixin.generate)

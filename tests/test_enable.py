@@ -98,6 +98,8 @@ def test_what_the_models_own_config_asks_for():
 def test_what_is_no_model():
     with pytest.raises(TypeError, match="not a str"):
         pat_hf.enable("facts-llama")
+    with pytest.raises(TypeError, match="not a str"), pat_hf.enabled("facts-llama"):
+        pass
 
 
 def test_a_copy_is_enabled_by_itself():

@@ -346,6 +346,8 @@ def test_tensor_of_a_given_capacity():
         ({"node": np.array([0])}, r"node \(1,\) and position \(2,\) must both be \[R\]"),
         ({"node": np.array([0, 3])}, "node runs from 0 to 3; there are nodes 0 to 2"),
         ({"node": np.array([-2, 1])}, "node runs from -2 to 1"),
+        ({"window": 0}, "a window has 1 token or more"),
+        ({"ahead": -1}, "ahead=-1, window=None: positions are advanced by 0 or more"),
     ],
 )
 def test_refuses_contradictions(change, message):

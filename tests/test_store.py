@@ -1,6 +1,7 @@
 """What a PATCache keeps beyond a call, against a fresh cache and stock Transformers."""
 
 import copy
+import random
 import re
 
 import numpy as np
@@ -558,6 +559,26 @@ def test_load_refuses_what_is_no_store(tmp_path):
         pat_hf.PATCache.load(path, pat)
     with pytest.raises(FileNotFoundError):
         pat_hf.PATCache.load(tmp_path / "missing", pat)
+    with pytest.raises(OSError, match="can't be written"):
+        cache.save(tmp_path / "missing" / "prompts")
+
+
+def test_load_refuses_what_has_changed_by_a_bit(tmp_path):
+    _, pat = pair("Llama")
+    cache = cache_of()
+    same(cache, [SYSTEM])
+    path = saved(tmp_path, cache)
+    whole = path.read_bytes()
+    begin = 8 + int.from_bytes(whole[:8], "little")  # of the tensors, behind the header
+    generator = random.Random(0)
+    places = [generator.randrange(8, begin) for _ in range(40)]
+    places += [generator.randrange(begin, len(whole)) for _ in range(40)]
+    for place in places:
+        content = bytearray(whole)
+        content[place] ^= 1 << generator.randrange(8)
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="damaged|cut off or no safetensors|not written by"):
+            pat_hf.PATCache.load(path, pat)
 
 
 def test_weights_that_were_changed_in_place_leave_nothing_stored():
