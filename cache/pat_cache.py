@@ -150,6 +150,7 @@ class PATCache(Cache):
         self._mode: tuple[bool, bool] | None = None  # of training: the model's, its adapters'
         self._drops_out = False  # in that mode
         self._user = threading.RLock()
+        self._calls = 0  # that are under way, one inside the other
         self._weights: dict[int, tuple[weakref.ref[nn.Parameter], int]] = {}
         self._begin_batch()
         self._count_from_zero()
@@ -408,7 +409,8 @@ class PATCache(Cache):
         twin.store = self.store.copy(twin._workspace.memory)
         twin._columns = self._columns.copy()
         twin.step, twin._decoder, twin.own_loop, twin.anew = None, None, True, False
-        twin._user = threading.RLock()
+        twin._user, twin._calls = threading.RLock(), 0
+        twin._columns.resume()
         return twin
 
     # What the forward asks
@@ -520,6 +522,7 @@ class PATCache(Cache):
         limited: others might have to go for them. Nor where keys follow the batch's length.
         """
         decoder = self._decoder
+        decoder.begun = True
         ample = self.pool.limit is None and not self.rotaries
         if ample and self.known_loop and decoder.mode != "eager" and decoder.steps:
             self._next_step(len(self.prefixes), 1, None, decoder.device)
@@ -538,7 +541,8 @@ class PATCache(Cache):
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """For its length, other threads are kept from this cache.
+        """For its length, other calls are kept from this cache; not those of a `generate()` whose
+        loop is the user's own.
 
         Raises:
             RuntimeError: if one has it.
@@ -549,7 +553,16 @@ class PATCache(Cache):
                 "put a lock around the calls."
             )
         try:
-            yield
+            if self._calls and not self.own_loop:
+                raise RuntimeError(
+                    "This PATCache is in use by the call that this one is made from. Give this "
+                    "one a cache of its own."
+                )
+            self._calls += 1
+            try:
+                yield
+            finally:
+                self._calls -= 1
         finally:
             self._user.release()
 
@@ -638,7 +651,9 @@ class PATCache(Cache):
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if self.step is None or not self.step.packed:
             # Loops of one's own may feed one buffer again and again, or views of all ids so far.
-            self._columns.fed.append(ids if ids is None or self.known_loop else ids.clone())
+            # In another cache's `generate()`, nothing has looked at the weights and adapters.
+            noted = ids if self._calls else None
+            self._columns.fed.append(noted if noted is None or self.known_loop else noted.clone())
             if not (self.known_loop or self.opaque or ids is None):
                 told = {name for name, x in kwargs.items() if x is not None} <= TOLD
                 positions = kwargs.get("position_ids")
@@ -819,6 +834,11 @@ class PATCache(Cache):
                 return self._advance()
         self._refuse_checkpointing()
         self._withdraw()
+        if self.known_loop and self._decoder.begun and len(self.prefixes) == 0:
+            raise RuntimeError(
+                "This PATCache was emptied in the middle of a generate(). Call clear() and reset() "
+                "between calls."
+            )
         if len(self.prefixes) == 0 or self._columns.length == 0 and len(self.prefixes) != batch:
             self._begin_requests(batch)
         if batch != len(self.prefixes):

@@ -6,7 +6,7 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -107,9 +107,11 @@ def _prefill(
 
 
 def _sample(stock: Callable[..., Any], model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-    config, criteria = kwargs.get("generation_config"), kwargs.get("stopping_criteria")
-    if isinstance(kwargs.get("past_key_values"), PATCache) and config and criteria:
-        config._stops = _stops(config, criteria)  # `_prefill` is not given the criteria
+    names = "generation_config", "stopping_criteria", "logits_processor", "past_key_values"
+    config, criteria, processors, cache = map(kwargs.get, names)
+    if isinstance(cache, PATCache) and config and criteria:
+        # `_prefill` is not given the criteria. A loop of one's own may go on behind the ends.
+        config._stops = () if cache.own_loop else _stops(config, criteria, processors or ())
     return stock(model, *args, **kwargs)
 
 
@@ -195,9 +197,14 @@ def _is_supported(
     return ours or stock(device, cache, *args, **kwargs)
 
 
-def _stops(config: GenerationConfig, criteria: StoppingCriteriaList) -> Sequence[int]:
-    """Ids after which `generate()` makes nothing more of a request, unless its scores are kept."""
+def _stops(
+    config: GenerationConfig, criteria: StoppingCriteriaList, processors: Iterable[object]
+) -> Sequence[int]:
+    """Ids after which nothing more is made of a request: nobody is given its scores."""
     if config.output_scores or config.output_logits or config.output_hidden_states:
+        return ()
+    # One of the user's may make one row's scores of another's.
+    if any(not type(x).__module__.startswith("transformers.") for x in processors):
         return ()
     # A call's own criterion takes the place of the config's; one of a derived class may wait.
     return [i for x in criteria if type(x) is EosTokenCriteria for i in x.eos_token_id.tolist()]

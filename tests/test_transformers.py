@@ -51,6 +51,10 @@ def generate(model, cache, inputs=INPUTS, **kwargs):
     return model.generate(**inputs, past_key_values=cache, **options | kwargs)
 
 
+def tokens(model, cache, inputs=INPUTS, **kwargs):
+    return generate(model, cache, inputs, return_dict_in_generate=False, **kwargs)
+
+
 def longer(inputs, sequences):
     """Inputs of a call that goes on with the sequences of the one before."""
     mask = inputs["attention_mask"]
@@ -548,3 +552,74 @@ def test_dropout_of_attention_in_training_without_a_cache():
     pat.train()
     ids = torch.tensor([[3, 4, 5, 6, 7]])
     assert not torch.equal(pat(ids).logits, pat(ids).logits)
+
+
+def test_a_loop_of_ones_own_goes_on_behind_the_ends_of_a_stock_one():
+    def loop(model, input_ids, generation_config=None, **kwargs):
+        first = type(model)._sample(model, input_ids, generation_config=generation_config, **kwargs)
+        cache = kwargs["past_key_values"]
+        length = cache.get_seq_length()
+        new = torch.cat([first[:, length:], torch.full((len(first), 2), 7)], 1)
+        out = [first, new[:, 1:]]
+        for _ in range(5):
+            positions = length + torch.arange(new.shape[1])[None].expand(len(new), -1)
+            length += new.shape[1]
+            logits = model(input_ids=new, position_ids=positions, past_key_values=cache).logits
+            new = logits[:, -1:].argmax(-1)
+            out.append(new)
+        return torch.cat(out, 1)
+
+    stock, pat = pair("Llama")
+    inputs = batch([text(20, 1)])
+    ends = list(range(2, VOCABULARY, 12))
+    kwargs = {"eos_token_id": ends, "max_new_tokens": 60, "custom_generate": loop}
+    wanted = tokens(stock, DynamicCache(), inputs, **kwargs)
+    assert torch.equal(tokens(pat, pat_hf.PATCache(pat), inputs, **kwargs), wanted)
+
+
+def test_a_processor_may_make_one_rows_scores_of_those_of_a_row_that_has_ended():
+    def contrast(ids, scores):
+        return torch.cat([scores[:1] - 0.5 * scores[1:2], scores[1:]])
+
+    stock, pat = pair("Llama")
+    inputs = batch([text(20, 1), text(20, 2)])
+    kwargs = {"logits_processor": [contrast], "eos_token_id": 3, "max_new_tokens": 60}
+    cache = pat_hf.PATCache(pat, page_size=16)
+    assert torch.equal(tokens(pat, cache, inputs, **kwargs), tokens(stock, None, inputs, **kwargs))
+
+
+def test_another_caches_call_does_not_vouch_for_what_a_forward_stores():
+    stock, pat = (copy.deepcopy(model) for model in pair("Llama"))
+    prompt, other = text(40, 3), pat_hf.PATCache(pat, keep_bytes=1 << 26)
+
+    def look(ids, scores):
+        if other.get_seq_length() == 0:
+            pat(input_ids=torch.tensor([prompt]), past_key_values=other)
+        return scores
+
+    tokens(pat, pat_hf.PATCache(pat), batch([text(9, 1)]), logits_processor=[look])
+    for model in (stock, pat):
+        with torch.no_grad():
+            model.model.layers[0].self_attn.v_proj.weight.mul_(-1.5)
+    inputs = batch([[*prompt, 5]])
+    assert torch.equal(tokens(pat, other, inputs), tokens(stock, None, inputs))
+
+
+@pytest.mark.parametrize("what", ["scores", "clears"])
+def test_a_cache_in_use_is_kept_from_callbacks(what):
+    _, pat = pair("Llama")
+    cache = pat_hf.PATCache(pat)
+
+    def meddle(ids, scores):
+        if ids.shape[1] == 22 and what == "scores":
+            pat_hf.loglikelihoods(pat, [text(9, 1), text(9, 2)], [[5], [6]], cache)
+        elif ids.shape[1] == 22:
+            cache.clear()
+        return scores
+
+    words = "in use by the call|emptied in the middle"
+    with pytest.raises(RuntimeError, match=words):
+        tokens(pat, cache, batch([text(20, 1), text(20, 2)]), logits_processor=[meddle])
+    inputs = batch([text(20, 1)])
+    stock = pair("Llama")[0]
+    assert torch.equal(tokens(pat, cache, inputs), tokens(stock, None, inputs))
