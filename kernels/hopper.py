@@ -162,10 +162,14 @@ def _load_kv(
         p_queue = p_queues + i_j // H * QUEUE_COLUMNS
         begin = gl.load(p_queue + QUEUE_CHUNK)
         end = gl.load(p_queue + QUEUE_COLUMNS + QUEUE_CHUNK)
-        later = _places(p_chunks, begin, CHUNKS)
+        next_places = _places(p_chunks, begin, CHUNKS)
         for i_c in range(begin, end, CHUNKS):
-            # Read while this step waits for room: it takes about as long as a step to compute.
-            places, later = later, _places(p_chunks, gl.minimum(i_c + CHUNKS, end - CHUNKS), CHUNKS)
+            # To read places takes about as long as to compute a step: the next ones are read while
+            # this step waits for room; the last step reads its own again.
+            places, next_places = (
+                next_places,
+                _places(p_chunks, gl.minimum(i_c + CHUNKS, end - CHUNKS), CHUNKS),
+            )
             if n == 1:
                 # Behind several steps' keys and values, the queries would be late for the first.
                 mbarrier.wait(asked.index(0), 0)
@@ -215,7 +219,8 @@ def _copy_queries(
     G: gl.constexpr,
     K: gl.constexpr,
 ):
-    """Starts to copy up to 64 queries of a block from row `first` on, whose numbers are i_m."""
+    """Starts to copy up to 64 queries of a block from row `first` on, and stores the numbers i_m of
+    their rows; the copies are to be waited for."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
     PIECE: gl.constexpr = 16
     PIECE_ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
@@ -284,7 +289,7 @@ def _load_q(
                 mbarrier.wait(empty.index(0), (n & 1) ^ 1)
                 i_p = gl.load(plan + W + i_m)
                 _copy_queries(q, i_m, first, count, i_h, sq_r, sq_h, tile, numbers.index(i_n), G, K)
-                if GROUP == 0:  # a program's first block is always its
+                if GROUP == 0:  # which has a part in every program's first block
                     if n == 0:
                         mbarrier.arrive(asked.index(0), count=1)
                 numbers.index(i_n + 1).store(i_p)
@@ -756,6 +761,7 @@ def hopper_kernel(
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BAR)
+    # Once a program's first queries are on their way.
     asked = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     l_full = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     l_empty = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)

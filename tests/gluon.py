@@ -21,6 +21,7 @@ from pat_hf.kernels import hopper
 
 PATIENCE = 60  # seconds, until what is waited for counts as never coming
 _unfenced = threading.local()  # where this thread has stored since its last fence
+_copies = threading.local()  # what this thread copies, until it waits for it: open, committed
 
 
 @dataclass(frozen=True)
@@ -151,7 +152,17 @@ def _copy(desc: Any, where: list[Any], bar: Barrier, to: Memory) -> None:
 
 
 def _copy_rows(to: Memory, p: Pointer, mask: Any) -> None:
-    to.tensor.copy_(_load(p, mask, 0.0))
+    vars(_copies).setdefault("open", []).append((to.tensor, _load(p, mask, 0.0)))
+
+
+def _commit_group() -> None:
+    vars(_copies).setdefault("committed", []).extend(vars(_copies).pop("open", []))
+
+
+def _wait_group(left: int) -> None:
+    assert left == 0
+    for tensor, x in vars(_copies).pop("committed", []):
+        tensor.copy_(x)
 
 
 def _multiply(a: Any, b: Memory, acc: torch.Tensor, use_acc: bool = True, is_async: bool = False):
@@ -214,7 +225,7 @@ class Program:
             "warpgroup_mma": _multiply,
             "warpgroup_mma_wait": lambda left, deps: deps if len(deps) > 1 else deps[0],
             "async_load": _copy,
-            "async_copy": SimpleNamespace(commit_group=nothing, wait_group=nothing),
+            "async_copy": SimpleNamespace(commit_group=_commit_group, wait_group=_wait_group),
             "copy_rows": _copy_rows,
             "reinterpret": Memory.reinterpret,
             "fence_async_shared": lambda: vars(_unfenced).pop("places", None),

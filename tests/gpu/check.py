@@ -79,6 +79,10 @@ SMALL = [
     # Dims that Hopper's kernel can't copy, and ones below a product's least.
     Check(330, heads=(8, 2), dims=(120, 120), nodes=4, rows=3),
     Check(331, heads=(8, 2), dims=(8, 4), nodes=4, rows=3),
+    # One block of one group alone, of two steps, in a page; the plan ends just behind its rows.
+    Check(342, heads=(1, 1), page_size=128, nodes=1, rows=2, longest=128),
+    # Wide blocks whose second half begins within a query token's heads, and goes on behind them.
+    Check(334, heads=(12, 1), nodes=3, rows=12, longest=200, processors=1),
 ]
 LARGE = [
     *(Check(10 + d, dims=(d, d)) for d in (64, 80, 96, 128, 192, 256)),
