@@ -300,7 +300,16 @@ class PATCache(Cache):
         self.step.written.update(layers)
 
     def clear(self) -> None:
-        """Forgets all requests, but keeps of them what `keep_bytes` and pins say."""
+        """Forgets all requests, but keeps of them what `keep_bytes` and pins say.
+
+        Raises:
+            RuntimeError: in the middle of a call on this cache.
+        """
+        with self.in_use():
+            self.forget()
+
+    def forget(self) -> None:
+        """What `clear` does, for a call itself."""
         self._withdraw()
         self._label()
         self._end_batch()
@@ -311,10 +320,15 @@ class PATCache(Cache):
         self._begin_batch()
 
     def reset(self) -> None:
-        """Forgets everything, pins and counts included, and gives the memory back."""
-        self._workspace.forget()
-        self._empty()
-        self._count_from_zero()
+        """Forgets everything, pins and counts included, and gives the memory back.
+
+        Raises:
+            RuntimeError: in the middle of a call on this cache.
+        """
+        with self.in_use():
+            self._workspace.forget()
+            self._empty()
+            self._count_from_zero()
 
     def _empty(self, pins: dict[tuple[Hashable, bytes], np.ndarray] | None = None) -> None:
         self._broken = True  # until it is done
@@ -494,7 +508,7 @@ class PATCache(Cache):
             reason: why.
             opaque: whether their tokens don't tell their K and V.
         """
-        self.clear()
+        self.forget()
         self.fallback, self.opaque = reason, opaque
         logger.warning_once(f"pat_hf computes each prompt on its own: {reason}.")
 
@@ -522,7 +536,6 @@ class PATCache(Cache):
         limited: others might have to go for them. Nor where keys follow the batch's length.
         """
         decoder = self._decoder
-        decoder.begun = True
         ample = self.pool.limit is None and not self.rotaries
         if ample and self.known_loop and decoder.mode != "eager" and decoder.steps:
             self._next_step(len(self.prefixes), 1, None, decoder.device)
@@ -552,18 +565,16 @@ class PATCache(Cache):
                 "This PATCache is in use by another thread's call. Give each thread a cache, or "
                 "put a lock around the calls."
             )
+        self._calls += 1
         try:
-            if self._calls and not self.own_loop:
+            if self._calls > 1 and not self.own_loop:
                 raise RuntimeError(
                     "This PATCache is in use by the call that this one is made from. Give this "
-                    "one a cache of its own."
+                    "one a cache of its own, or wait for the other's end."
                 )
-            self._calls += 1
-            try:
-                yield
-            finally:
-                self._calls -= 1
+            yield
         finally:
+            self._calls -= 1
             self._user.release()
 
     def stored(self) -> None:
@@ -617,7 +628,7 @@ class PATCache(Cache):
     def _without_what_is_stored(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         self.repeated = False
         if kwargs.get("output_hidden_states"):
-            self.clear()  # MTP and DFlash draft from the states of the whole prompt
+            self.forget()  # MTP and DFlash draft from the states of the whole prompt
             return kwargs
         given = {x: kwargs[x] for x in _BY_TOKEN if kwargs.get(x) is not None}
         return kwargs | {name: x[..., self._columns.length :] for name, x in given.items()}
@@ -834,11 +845,6 @@ class PATCache(Cache):
                 return self._advance()
         self._refuse_checkpointing()
         self._withdraw()
-        if self.known_loop and self._decoder.begun and len(self.prefixes) == 0:
-            raise RuntimeError(
-                "This PATCache was emptied in the middle of a generate(). Call clear() and reset() "
-                "between calls."
-            )
         if len(self.prefixes) == 0 or self._columns.length == 0 and len(self.prefixes) != batch:
             self._begin_requests(batch)
         if batch != len(self.prefixes):

@@ -99,7 +99,9 @@ def read_prompts(path: Path) -> list[tuple[str, str | None]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            pairs.append((row["prompt"] + "", row.get("answer")))
+            pairs.append((row["prompt"], row.get("answer")))
+            if not isinstance(row["prompt"], str):
+                raise TypeError
         except (ValueError, TypeError, KeyError, AttributeError):
             sys.exit(f'{path}, line {number}: {line[:60]!r} is not {{"prompt": "..."}}.')
     return pairs

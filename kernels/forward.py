@@ -575,7 +575,7 @@ def _of_merge(call: _Call, rows: int, processors: int, pdl: bool) -> _Launch:
     options = dict(
         HQ=query_heads, V=value_dim, BH=many, BV=value_block,
         USE_SINKS=call.sinks is not None, USE_PDL=pdl,
-        # One head's programs are one warp: more of them start beside Hopper's blocks.
+        # More programs of one warp than of four start beside Hopper's blocks.
         num_warps=4 if many * value_block > 128 else 1, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     arguments = call.plan, call.partial, call.lse, call.out, call.sinks

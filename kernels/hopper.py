@@ -186,13 +186,17 @@ def _load_kv(
 
 
 @gluon.jit
+def _is_wide(count):
+    """Whether each group has half of a block's rows, or else every other step."""
+    return (count > 64).to(gl.int32)
+
+
+@gluon.jit
 def _whose(count, steps, turn, GROUP: gl.constexpr):
-    """How the groups divide a block: whether each has half of the rows (or else every other step),
-    whether one has it alone, and whether this group has a part in it."""
-    wide = (count > 64).to(gl.int32)
+    """How the groups divide a block: whether one has it alone, and whether this one has a part."""
     alone = (count <= 64) & (steps <= ALONE)
     mine = ((turn & 1) == GROUP) | (alone == 0)
-    return wide, alone, mine
+    return alone, mine
 
 
 @gluon.jit
@@ -278,11 +282,11 @@ def _load_q(
         for i_b in range(gl.load(p_queue + QUEUE_BLOCK), gl.load(p_end + QUEUE_BLOCK)):
             row, begin = next_row, next_begin
             count = (next_end - row) * G
-            first = (count > 64).to(gl.int32) * (64 * GROUP)
+            first = _is_wide(count) * (64 * GROUP)
             # On its way before it is known whose block this is.
             i_m = gl.load(p_rows + row + (first + o_m) // G, mask=first + o_m < count, other=0)
             next_begin, next_row, next_end, _ = _next_block(p_blocks, i_b)
-            _, alone, mine = _whose(count, (next_begin - begin) // CHUNKS, turn, GROUP)
+            alone, mine = _whose(count, (next_begin - begin) // CHUNKS, turn, GROUP)
             turn += alone.to(gl.int32)
             if mine:
                 i_n = (n & 1) * 2
@@ -659,7 +663,8 @@ def _compute(
             slot = gl.load(p_chunk + SLOT)
             next_begin, next_row, next_end, next_turns = _next_block(p_blocks, i_b)
             steps = (next_begin - begin) // CHUNKS
-            wide, alone, mine = _whose(count, steps, turn, GROUP)
+            wide = _is_wide(count)
+            alone, mine = _whose(count, steps, turn, GROUP)
             # Parities tell a step from the one before it only, so each group knows of all steps
             # before its own that they have come.
             if alone:

@@ -396,8 +396,7 @@ def make_plan(
             rows is left out. They can do with a plan for all tokens as well.
 
     Raises:
-        ValueError: if one of the others isn't as said. `nodes` is taken for what it should be: to
-            look through a tree would take longer than to plan for it.
+        ValueError: if an argument isn't as said here; but `nodes` is not looked through.
     """
     node, position = np.asarray(node), np.asarray(position)
     _check(nodes, node, position, heads, page_size, ahead, window)

@@ -149,12 +149,11 @@ class Decoder:
         mode: "eager", "captured" or "compiled".
         reason: why, for people.
         deferred: whether stops are seen a step late.
-        begun: whether the prompts are stored.
     """
 
     def __init__(self, model: PreTrainedModel, mode: str, steps: int, compile: bool = True):
         self.steps = steps
-        self.deferred = self.begun = False
+        self.deferred = False
         self.device = model.device
         self._offset = 0  # into the random numbers, after the last step
         self._ahead: int | None = None  # of the columns, the furthest position

@@ -153,7 +153,7 @@ def _assisted_decoding(
             prefill(model, cache, ids, seen, config.prefill_chunk_size, steps)
             cache.repeated = True
         else:
-            cache.clear()
+            cache.forget()
     return stock(model, input_ids, *args, **kwargs)
 
 

@@ -71,16 +71,18 @@ def test_shapes_fit_registers_and_shared_memory(capability, dtype, dim, page, fe
         assert _stack_bytes(kernel.asm["cubin"]) <= STACK[features], tile
 
 
+@pytest.mark.parametrize("chunk", [16, 32])
 @pytest.mark.parametrize("dims, features", [((128, 128), False), ((64, 96), True)])
-def test_hoppers_kernel_fits_registers_and_shared_memory(dims, features):
-    layout, constants = hopper.TILE, {"H": 8, "G": 4, "K": dims[0], "V": dims[1], "P": 32}
-    constants |= {"KP": 8 * 32, "KH": 32, "VP": 8 * 32, "VH": 32, "QUEUES": 16, "BN": 64}
+def test_hoppers_kernel_fits_registers_and_shared_memory(dims, features, chunk):
+    layout, constants = hopper.TILE, {"H": 8, "G": 4, "K": dims[0], "V": dims[1], "P": chunk}
+    constants |= {f"{name}P": 8 * chunk for name in "KV"} | {f"{name}H": chunk for name in "KV"}
+    constants |= {"QUEUES": 16, "BN": 64}
     constants |= {"STAGES": hopper.STAGES}
     constants |= {"REGISTERS": hopper.REGISTERS[1]}
     constants |= {"USE_SOFTCAP": features, "USE_SINKS": features}
     kinds = {"plan": "*i32", "partial": "*fp32", "lse": "*fp32", "qk_scale": "fp32"}
     kinds |= {"softcap": "fp32", **{name: "*fp16" for name in ("q", "out", "sinks")}}
-    kinds |= {name: f"tensordesc<fp16[32, 64],{layout!r}>" for name in ("k_desc", "v_desc")}
+    kinds |= {name: f"tensordesc<fp16[{chunk}, 64],{layout!r}>" for name in ("k_desc", "v_desc")}
     kernel = hopper.hopper_kernel
     signature = {
         name: "constexpr" if name in constants else kinds.get(name, "i32")

@@ -605,7 +605,7 @@ def test_another_caches_call_does_not_vouch_for_what_a_forward_stores():
     assert torch.equal(tokens(pat, other, inputs), tokens(stock, None, inputs))
 
 
-@pytest.mark.parametrize("what", ["scores", "clears"])
+@pytest.mark.parametrize("what", ["scores", "clear", "reset"])
 def test_a_cache_in_use_is_kept_from_callbacks(what):
     _, pat = pair("Llama")
     cache = pat_hf.PATCache(pat)
@@ -614,12 +614,32 @@ def test_a_cache_in_use_is_kept_from_callbacks(what):
         if ids.shape[1] == 22 and what == "scores":
             pat_hf.loglikelihoods(pat, [text(9, 1), text(9, 2)], [[5], [6]], cache)
         elif ids.shape[1] == 22:
-            cache.clear()
+            getattr(cache, what)()
         return scores
 
-    words = "in use by the call|emptied in the middle"
-    with pytest.raises(RuntimeError, match=words):
+    with pytest.raises(RuntimeError, match="in use by the call"):
         tokens(pat, cache, batch([text(20, 1), text(20, 2)]), logits_processor=[meddle])
     inputs = batch([text(20, 1)])
     stock = pair("Llama")[0]
     assert torch.equal(tokens(pat, cache, inputs), tokens(stock, None, inputs))
+
+
+def test_a_copy_made_in_a_call_goes_on_with_the_requests_that_have_ended():
+    stock, pat = pair("Llama")
+    cache, copies = pat_hf.PATCache(pat), []
+
+    def look(ids, scores, **kwargs):
+        copies.append(copy.deepcopy(cache))
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    inputs = batch([text(20, 1), text(20, 2), text(20, 3)])
+    kwargs = {"eos_token_id": list(range(2, VOCABULARY, 12)), "max_new_tokens": 60}
+    ids = tokens(pat, cache, inputs, stopping_criteria=[look], **kwargs)
+    twin = copies[-1]
+    lengths = [twin.prefixes.length(request) for request in range(3)]
+    assert len(set(lengths)) > 1
+    positions = torch.tensor(lengths)[:, None]
+    logits = pat(torch.full((3, 1), 7), position_ids=positions, past_key_values=twin).logits[:, -1]
+    for row, length, ours in zip(ids, lengths, logits, strict=True):
+        whole = torch.cat([row[:length], torch.tensor([7])])
+        torch.testing.assert_close(ours, stock(whole[None]).logits[0, -1], **CLOSE)
