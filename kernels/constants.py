@@ -26,10 +26,10 @@ SHAPE_COLUMNS = tl.constexpr(COLUMNS["shapes"])
 FIRST_QUEUE, END_QUEUE = (tl.constexpr(i) for i in (4, 5))
 
 QUEUE_COLUMNS = tl.constexpr(COLUMNS["queues"])
-QUEUE_CHUNK, QUEUE_BLOCK, QUEUE_ROW, QUEUE_END_ROW, QUEUE_TURNS = map(tl.constexpr, range(5))
+QUEUE_CHUNK, QUEUE_BLOCK, QUEUE_ROW, QUEUE_END_ROW, QUEUE_PAIRED = map(tl.constexpr, range(5))
 
 BLOCK_COLUMNS = tl.constexpr(COLUMNS["blocks"])
-BLOCK_ROW, BLOCK_END_ROW, BLOCK_CHUNK, BLOCK_END_CHUNK, BLOCK_TURNS = map(tl.constexpr, range(5))
+BLOCK_ROW, BLOCK_END_ROW, BLOCK_CHUNK, BLOCK_END_CHUNK, BLOCK_PAIRED = map(tl.constexpr, range(5))
 
 CHUNK_COLUMNS = tl.constexpr(COLUMNS["chunks"])
 PLACE, TOKENS, POSITION, FURTHEST, HINDMOST, FOR_ROWS, ROW, SLOT, FLAGS = map(
@@ -39,4 +39,4 @@ PLACE, TOKENS, POSITION, FURTHEST, HINDMOST, FOR_ROWS, ROW, SLOT, FLAGS = map(
 END_BIT = tl.constexpr(16)
 FIRST_MASK = tl.constexpr((1 << 16) - 1)
 # FLAGS: bits, and the number of the block's rows times the last one.
-BEGINS, UNMASKED, SEEN, COUNT = (tl.constexpr(1 << i) for i in range(4))
+BEGINS, UNMASKED, SEEN, PAIRED, PAIR_NEXT, COUNT = (tl.constexpr(1 << i) for i in range(6))

@@ -30,7 +30,7 @@ from pat_hf.kernels.constants import (
     BLOCK_END_CHUNK,
     BLOCK_END_ROW,
     BLOCK_ROW,
-    BLOCK_TURNS,
+    BLOCK_PAIRED,
     BLOCKS_AT,
     CHUNK_COLUMNS,
     CHUNKS_AT,
@@ -41,13 +41,15 @@ from pat_hf.kernels.constants import (
     FURTHEST,
     LOG2E,
     ORIGIN,
+    PAIR_NEXT,
+    PAIRED,
     POSITION,
     QUEUE_BLOCK,
     QUEUE_CHUNK,
     QUEUE_COLUMNS,
     QUEUE_END_ROW,
     QUEUE_ROW,
-    QUEUE_TURNS,
+    QUEUE_PAIRED,
     QUEUES_SIZE,
     ROWS_AT,
     SEEN,
@@ -201,12 +203,12 @@ def _whose(count, steps, turn, GROUP: gl.constexpr):
 
 @gluon.jit
 def _next_block(p_blocks, i_b):
-    """The first chunk, first and end row, and first chunk in turns of the block behind i_b; behind
-    the last one of all, what is read is of another table, and not used."""
+    """The first chunk, first and end row, and chunks in pairs of the block behind i_b; behind the
+    last one of all, what is read is of another table, and not used."""
     p_block = p_blocks + i_b * BLOCK_COLUMNS
     p_next = p_block + BLOCK_COLUMNS
-    begin, turns = gl.load(p_block + BLOCK_END_CHUNK), gl.load(p_next + BLOCK_TURNS)
-    return begin, gl.load(p_next + BLOCK_ROW), gl.load(p_next + BLOCK_END_ROW), turns
+    begin, paired = gl.load(p_block + BLOCK_END_CHUNK), gl.load(p_next + BLOCK_PAIRED)
+    return begin, gl.load(p_next + BLOCK_ROW), gl.load(p_next + BLOCK_END_ROW), paired
 
 
 @gluon.jit
@@ -440,7 +442,7 @@ def _attend(
     p_chunk,
     n,
     steps,
-    halved,
+    paired,
     wide,
     alone,
     done,
@@ -457,7 +459,8 @@ def _attend(
     USE_SOFTCAP: gl.constexpr,
 ):
     """A group's share of a block, of `steps` steps from p_chunk on: maxima, base 2, sums, results
-    and the next `split`. Each of a wide block's first `halved` steps is for rows of both groups.
+    and the next `split`. Of a wide block's steps, `paired` are for the rows of one group, as FLAGS
+    say, and the others for both's.
 
     Not written out inside the loops: Triton goes through a loop's body twice, so through that of
     three loops eight times, which took a third of the time to compile the kernel.
@@ -482,9 +485,9 @@ def _attend(
     o_n = gl.arange(0, BN, layout=gl.SliceLayout(0, S))
     first = wide * (64 * GROUP)
     shared = (wide == 0) & (alone == 0)
-    # So many steps at first are this group's, and every other of those behind.
-    whole = wide * halved + alone.to(gl.int32) * steps
-    i = (whole == 0).to(gl.int32) * GROUP
+    # So many steps are this group's, and one of each pair.
+    whole = wide * (steps - paired) + alone.to(gl.int32) * steps
+    mine = whole + (steps - whole + 1 - GROUP) // 2
     meets = (alone == 0) & (whole < steps)
     o_q = (first + o_m) // G
     i_n = (done & 1) * 2
@@ -497,6 +500,8 @@ def _attend(
             barrier()
             mbarrier.arrive(room.index(0), count=1)
     mbarrier.wait(q_full.index(0), done & 1)
+    # A block with steps for both groups begins with one.
+    i = (whole == 0).to(gl.int32) * GROUP
     at = n + i
     p_chunk += i * STEP
     flags, bounds = gl.load(p_chunk + FLAGS), _bounds(p_chunk, CHUNKS)
@@ -506,10 +511,9 @@ def _attend(
     mbarrier.arrive(q_empty.index(0), count=1)
     weights = gl.full([64, BN], 0.0, DTYPE, WEIGHTS)
     stage, both = at & (STAGES - 1), wide
-    mine = whole + (steps - whole + 1 - GROUP) // 2
     for j in range(mine):
         before, of_both = stage, both
-        stage, both = at & (STAGES - 1), wide & (i < whole)
+        stage = at & (STAGES - 1)
         _wait(k_full, at)
         next_s = _scores(b_q, k_tiles.index(stage), S)
         # The first step has no weights yet, and multiplies whatever lies there; the next one's sum
@@ -519,6 +523,7 @@ def _attend(
             weights, v_tiles.index(before), b_out, use_acc=j > 1, is_async=True
         )
         b_s = warpgroup_mma_wait(1, [next_s])
+        both = wide & (flags & PAIRED == 0).to(gl.int32)
         _release(k_empty.index(stage), both)
         b_p, b_max, b_sum, b_old = _softmax(
             b_s, b_max, b_sum, flags, bounds, o_q, o_p, o_n, qk_scale, softcap,
@@ -532,10 +537,10 @@ def _attend(
         weights = gl.convert_layout(b_p.to(DTYPE), WEIGHTS)
         if flags & SEEN == 0:
             _clear_unread(v_tiles, stage, p_chunk, advance, CHUNK)
-        stride = 1 + (i >= whole).to(gl.int32) + (i + 1 == whole).to(gl.int32) * GROUP
-        stride *= (j + 1 < mine).to(gl.int32)
+        # Past the other's of a pair: behind one's own, or before it.
+        skips = flags & (PAIR_NEXT if GROUP else PAIRED) > 0
+        stride = (1 + (shared | skips).to(gl.int32)) * (j + 1 < mine).to(gl.int32)
         at += stride
-        i += stride
         p_chunk += stride * STEP
         flags, bounds = gl.load(p_chunk + FLAGS), _bounds(p_chunk, CHUNKS)
     next_out = warpgroup_mma(weights, v_tiles.index(stage), b_out, use_acc=mine > 1, is_async=True)
@@ -655,13 +660,13 @@ def _compute(
         p_end = p_queue + QUEUE_COLUMNS
         next_begin = gl.load(p_queue + QUEUE_CHUNK)
         next_row, next_end = gl.load(p_queue + QUEUE_ROW), gl.load(p_queue + QUEUE_END_ROW)
-        next_turns = gl.load(p_queue + QUEUE_TURNS)
+        next_paired = gl.load(p_queue + QUEUE_PAIRED)
         for i_b in range(gl.load(p_queue + QUEUE_BLOCK), gl.load(p_end + QUEUE_BLOCK)):
-            row, begin, turns = next_row, next_begin, next_turns
+            row, begin, paired = next_row, next_begin, next_paired
             count = (next_end - row) * G
             p_chunk = p_chunks + begin * CHUNK_COLUMNS
             slot = gl.load(p_chunk + SLOT)
-            next_begin, next_row, next_end, next_turns = _next_block(p_blocks, i_b)
+            next_begin, next_row, next_end, next_paired = _next_block(p_blocks, i_b)
             steps = (next_begin - begin) // CHUNKS
             wide = _is_wide(count)
             alone, mine = _whose(count, steps, turn, GROUP)
@@ -679,7 +684,7 @@ def _compute(
                 turn += 1
             if mine:
                 f_max, f_sum, b_out, split = _attend(
-                    GROUP, p_chunk, n, steps, (turns - begin) // CHUNKS, wide, alone, done, split,
+                    GROUP, p_chunk, n, steps, paired // CHUNKS, wide, alone, done, split,
                     advance, qk_scale, softcap, queries, keys, values, exchange,
                     G, CHUNK, USE_SOFTCAP,
                 )  # fmt: skip

@@ -193,17 +193,17 @@ class Tables(NamedTuple):
         shapes: [S, 6], for each of the machine's: m, n, first block, end block, first queue, end
             queue. Blocks and queues are sorted by shape.
         queues: [L+1, 5] first chunk, first block; those of the next queue end it. And of that
-            block: first row, end row, first chunk in turns.
+            block: first row, end row, chunks in pairs.
         chunks: [T, 9] its place, page times page size plus slot; tokens; position of the first;
             tokens up to the furthest position of the rows that it is for, and up to the hindmost,
             as planned, whether they are in the chunk or not; those rows, first + end << 16, in the
             block's; the block's first row (into `rows`); where that row's partial goes, those of
-            the others behind it, or -1: the block is its rows' only one; and eight times the
-            number of the block's rows, plus 1 in a block's first chunk, plus 2 where all rows see
-            all tokens of the step, 4 where each of those is seen. Some chunks are empty, for steps
-            to be whole.
-        blocks: [B, 5] first row, end row (into `rows`), first chunk, end chunk; and from which on
-            steps for the first half of the rows and for the others follow each other in turn.
+            the others behind it, or -1: the block is its rows' only one; and 32 times the number of
+            the block's rows, plus 1 in a block's first chunk, plus 2 where all rows see all tokens
+            of the step, 4 where each of those is seen, 8 where the step is one of a pair, 16 where
+            one follows the step, or its pair. Some chunks are empty, for steps to be whole.
+        blocks: [B, 5] first row, end row (into `rows`), first chunk, end chunk; and how many chunks
+            are in pairs: of a step for the first half of the rows, and one for the others.
         rows: [K] query rows, B * T of q [B, heads, T, dim] counted as b * T + t.
         slots: where the partials are, row by row.
         merge_rows: [M] the rows whose output no block writes: those of partials, or of no block.
@@ -656,12 +656,11 @@ def _tables(
         side = np.where(last * heads.group <= machine.half, 1, 0)
         side[first * heads.group >= machine.half] = 2
         side[(counts * heads.group <= machine.half)[block]] = 0
-        order, turns = _turns(side, block, step[tile])
-        blocks[:, 4] = blocks[:, 3] - turns
+        order, pair, blocks[:, 4] = _pairs(side, block, step[tile])
         chunks = chunks if order is None else chunks[order]
         chunks[:, 6] = blocks[block, 0]
         chunks[:, 7] = np.where(partial, np.cumsum(partial * counts) - counts, -1)[block]
-        chunks[:, 8] = _flags(chunks, counts[block], np.repeat(step, lengths), size)
+        chunks[:, 8] = _flags(chunks, counts[block], np.repeat(step, lengths), size) + pair
         chunks[begin, 8] += 1
 
     shapes = np.empty((len(machine.shapes), COLUMNS["shapes"]), np.int32)
@@ -741,7 +740,7 @@ def _partials(
 
 
 def _flags(chunks: np.ndarray, counts: np.ndarray, step: np.ndarray, size: int) -> np.ndarray:
-    """The last column of chunks, int [T], but for the bit of a block's first.
+    """The last column of chunks, int [T], but for the bits of a block's first and of pairs.
 
     Args:
         counts: [T] rows of their blocks.
@@ -751,7 +750,7 @@ def _flags(chunks: np.ndarray, counts: np.ndarray, step: np.ndarray, size: int) 
     seen = (chunks[:, 1] == size) & (chunks[:, 3] >= size)
     whole = seen & (chunks[:, 4] >= size) & (chunks[:, 5] == counts << 16)
     flags = np.bitwise_and.reduceat(whole * 2 + seen * 4, np.cumsum(step) - step)
-    return np.repeat(flags, step) + counts * 8
+    return np.repeat(flags, step) + counts * 32
 
 
 def _duration(plan: Plan, machine: Machine) -> float:
@@ -761,19 +760,22 @@ def _duration(plan: Plan, machine: Machine) -> float:
         return 0
     shape = machine.shapes[0]
     rows, chunks = (np.diff(tables.blocks[:, i : i + 2])[:, 0] for i in (0, 2))
-    turns = tables.blocks[:, 3] - tables.blocks[:, 4]
-    turns = np.where(rows * plan.heads.group <= machine.half, chunks, turns)
-    steps = (chunks - (1 - machine.narrow) * turns) * machine.chunk(tables.page_size)
+    paired = np.where(rows * plan.heads.group <= machine.half, chunks, tables.blocks[:, 4])
+    steps = (chunks - (1 - machine.narrow) * paired) * machine.chunk(tables.page_size)
     blocks = (steps + shape.start) / shape.tokens
     queues = np.repeat(np.add.reduceat(blocks, tables.queues[:-1, 1]), plan.heads.kv)
     longest = np.bincount(np.arange(len(queues)) % shape.programs, queues).max()
     return longest + 2 * (plan.partials > 0)
 
 
-def _turns(
+def _pairs(
     side: np.ndarray, block: np.ndarray, step: np.ndarray
-) -> tuple[np.ndarray | None, np.ndarray]:
-    """Has steps for one half of a block's rows, and for the other, follow each other in turn.
+) -> tuple[np.ndarray | None, np.ndarray | int, np.ndarray]:
+    """Puts a step for one half of a block's rows beside one for the other half.
+
+    Those are of nodes that few rows see, and wait for the memory; what all rows see is in the L2,
+    and waits for the matrix units. So the pairs are spread among the other steps; one of those
+    comes first, if there are any.
 
     Args:
         side: [T] 1 for chunks for the first half, 2 for the second, 0 for both.
@@ -781,21 +783,35 @@ def _turns(
         step: [B] chunks of a step.
 
     Returns:
-        The chunks' new order, if it is another, and how many of each block's come in turn, at its
-        end.
+        The chunks' new order, if it is another; in that order, their flags of pairs, [T]; and how
+        many chunks of each block are in pairs.
     """
+    blocks = len(step)
     if not side.any():
-        return None, np.zeros_like(step)
+        return None, 0, np.zeros(blocks, int)
     key = block * 3 + side
-    sizes = np.bincount(key, minlength=3 * len(step)).reshape(-1, 3)
+    sizes = np.bincount(key, minlength=3 * blocks).reshape(-1, 3)
     paired = sizes[:, 1:].min(1) // step * step
     if not paired.any():
-        return None, paired
+        return None, 0, paired
     order = np.argsort(key, kind="stable")
     rank = np.empty(len(key), np.int64)
     rank[order] = np.arange(len(key)) - (np.cumsum(sizes) - sizes.ravel())[key[order]]
-    turn = np.where((side > 0) & (rank < paired[block]), rank // step[block] * 2 + side, 0)
-    return np.lexsort((turn, block)), 2 * paired
+    side = np.where(rank < paired[block], side, 0)
+    alone = np.flatnonzero(side == 0)
+    count = np.bincount(block[alone], minlength=blocks)
+    rank[alone] = np.arange(len(alone)) - (np.cumsum(count) - count)[block[alone]]
+    rank //= step[block]
+    # Where in the block a step, or a pair, is to come: from 0 to 1.
+    whole = np.maximum(count // step, 1)[block]
+    where = np.where(side > 0, (rank + 0.5) / np.maximum(paired // step, 1)[block], rank / whole)
+    order = np.lexsort((side, where, block))
+    side, block, step = side[order], block[order], step[block[order]]
+    # Behind a step, or a pair of them.
+    behind = np.arange(len(side)) + np.where(side == 1, 2, 1) * step
+    inside = np.minimum(behind, len(side) - 1)
+    follows = (side[inside] > 0) & (block[inside] == block) & (behind < len(side))
+    return order, (side > 0) * 8 + follows * 16, 2 * paired
 
 
 def _cuts(lengths: np.ndarray, queues: int, least: int) -> np.ndarray:

@@ -99,19 +99,26 @@ def assert_consistent(tables, heads, machine, page_size):
             assert queues[queue] == blocks[begin, 2] and queues[last_queue] == blocks[end - 1, 3]
         rows = (blocks[begin:end, 1] - blocks[begin:end, 0]) * heads.group
         assert (rows <= m).all() or i == len(shapes) - 1 and (rows <= max(m, heads.group)).all()
-        for row, end_row, first, last, pairs in blocks[begin:end].tolist():
+        for row, end_row, first, last, paired in blocks[begin:end].tolist():
             run, position = chunks[first:last], tables.positions[tables.rows[row:end_row]]
             many = n // size
             assert (last - first) % many == 0 and run[:, 1].any()
             assert (run[:, 1] >= 0).all() and (run[:, 1] <= size).all()
             low, high = run[:, 5] & 0xFFFF, run[:, 5] >> 16
             assert low.min() == 0 and high.max() == end_row - row and (low < high).all()
-            # In turn, steps for a half of the rows each.
-            turns = np.arange(pairs, last).reshape(-1, 2, many) - first
-            assert (high[turns[:, 0]] * heads.group <= machine.half).all()
-            assert (low[turns[:, 1]] * heads.group >= machine.half).all()
+            # Pairs of steps for a half of the rows each, not the first if not all are in pairs.
+            pairs = np.flatnonzero(run[:, 8] & 8).reshape(-1, 2, many)
+            assert pairs.size == paired and not (pairs[:, 0, 0] == 0).any() or paired == len(run)
+            assert (np.diff(pairs.reshape(-1, 2 * many)) == 1).all()
+            assert (high[pairs[:, 0]] * heads.group <= machine.half).all()
+            assert (low[pairs[:, 1]] * heads.group >= machine.half).all()
+            followed = np.zeros(len(run), bool)
+            behind = np.arange(len(run)) + many
+            behind[pairs[:, 0]] += many
+            followed[behind < len(run)] = run[behind[behind < len(run)], 8] & 8 > 0
+            assert (run[:, 8] >> 4 & 1).tolist() == followed.tolist()
             assert (run[:, 6] == row).all() and (run[:, 7] == run[0, 7]).all()
-            assert (run[:, 8] >> 3 == end_row - row).all()
+            assert (run[:, 8] >> 5 == end_row - row).all()
             assert (run[:, 8] & 1).tolist() == [chunk == 0 for chunk in range(last - first)]
             whole = (run[:, 1] == size) & (low == 0) & (high == end_row - row)
             whole &= run[:, 4] >= size
