@@ -175,6 +175,10 @@ def _load_kv(
             if n == 1:
                 # Behind several steps' keys and values, the queries would be late for the first.
                 mbarrier.wait(asked.index(0), 0)
+            if n > 1:
+                # So a group that passes by a step of the other's knows that it has come: by parity,
+                # which is all that a barrier tells, it could take it for the next in that stage.
+                _wait(full, n - 2)
             stage = n & (STAGES - 1)
             bar = full.index(stage)
             _wait(empty, n, 1)

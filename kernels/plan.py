@@ -130,7 +130,7 @@ class Machine:
                 Shape(64, 64, processors, 256, 1.0, 128),
                 Shape(128, 64, processors, 256, 1.0, 128),
             )
-            return Machine(shapes, partial=4, half=64, narrow=0.8)
+            return Machine(shapes, partial=4, half=64, narrow=0.75)
         # Products on cores that are not made for them cost in proportion to the rows.
         dear = heads.itemsize > 2 or max(heads.key_dim, heads.value_dim) > 128
         shapes = (
@@ -401,18 +401,24 @@ def make_plan(
     node, position = np.asarray(node), np.asarray(position)
     _check(nodes, node, position, heads, page_size, ahead, window)
     forest = _compress(nodes, node, position, window)
-    tilings = [_query_tiles(forest, heads, machine)]
-    # To search is not worth it for one forward, nor where much more would have to be read.
-    if machine.narrow < 1 and ahead != 0 and tilings[0].shape.any():
-        small = _query_tiles(forest, heads, replace(machine, shapes=machine.shapes[:1]))
-        tilings += [small] if small.cost < 1.4 * tilings[0].cost else []
     known = np.where(node < 0, _NOWHERE, position)
-    plans = []
-    for tiles in tilings:
+
+    def plan(tiles: _Tiles, spread: bool = False) -> Plan:
         runs = _runs(nodes, forest, tiles, position, ahead, window)
-        tables = _tables(nodes, forest.rows, tiles, runs, known, page_size, heads, machine)
-        plans.append(Plan(tables, heads))
-    return min(plans, key=lambda plan: _duration(plan, machine)) if plans[1:] else plans[0]
+        tables = _tables(nodes, forest.rows, tiles, runs, known, page_size, heads, machine, spread)
+        return Plan(tables, heads)
+
+    tiles = _query_tiles(forest, heads, machine)
+    # To search is not worth it for one forward.
+    if machine.narrow == 1 or ahead == 0 or not tiles.shape.any():
+        return plan(tiles)
+    plans = [plan(tiles)]
+    if np.count_nonzero(tiles.shape) < machine.shapes[-1].programs // heads.kv:
+        plans.append(plan(tiles, spread=True))
+    small = _query_tiles(forest, heads, replace(machine, shapes=machine.shapes[:1]))
+    if small.cost < 1.4 * tiles.cost:  # else much more would have to be read
+        plans.append(plan(small))
+    return min(plans, key=lambda plan: _duration(plan, machine))
 
 
 class _Forest(NamedTuple):
@@ -617,12 +623,27 @@ def _tables(
     page_size: int,
     heads: Heads,
     machine: Machine,
+    spread: bool,
 ) -> Tables:
+    """The tables of tiles, and of what they read.
+
+    Args:
+        spread: whether steps for half of a tile's rows are spread over all of its queues; else they
+            are where their nodes are, at the end, and fewer queues leave partials of all rows.
+    """
     sizes = np.array([shape.tokens or page_size for shape in machine.shapes])
     size = machine.chunk(page_size)
     step = (sizes // size)[tiles.shape]  # chunks of it
     chunks, run, lengths = _chunks(nodes, runs, step, page_size, size)
     tile_ptr = _offsets(lengths * step)
+    if spread:
+        first = _starts(runs.tile)
+        counts = np.zeros(len(step), np.int64)
+        counts[runs.tile[first]] = np.maximum.reduceat(runs.end, first)
+        tile = np.repeat(np.arange(len(step)), np.diff(tile_ptr))
+        rows_of = runs.begin[run], runs.end[run]
+        order, _, _ = _spread(*rows_of, counts, tile, step, heads, machine)
+        run, chunks = (run, chunks) if order is None else (run[order], chunks[order])
 
     # Queues are cut from the steps of a shape, blocks from the query tiles where queues end.
     bounds = np.searchsorted(tiles.shape, np.arange(len(machine.shapes) + 1))
@@ -653,10 +674,9 @@ def _tables(
         block = np.repeat(np.arange(len(blocks)), end - begin)
         first, last = runs.begin[run] - least[block], runs.end[run] - least[block]
         chunks[:, 5] = first + (last << 16)
-        side = np.where(last * heads.group <= machine.half, 1, 0)
-        side[first * heads.group >= machine.half] = 2
-        side[(counts * heads.group <= machine.half)[block]] = 0
-        order, pair, blocks[:, 4] = _pairs(side, block, step[tile])
+        order, pair, blocks[:, 4] = _spread(
+            first, last, counts, block, step[tile], heads, machine
+        )
         chunks = chunks if order is None else chunks[order]
         chunks[:, 6] = blocks[block, 0]
         chunks[:, 7] = np.where(partial, np.cumsum(partial * counts) - counts, -1)[block]
@@ -754,7 +774,8 @@ def _flags(chunks: np.ndarray, counts: np.ndarray, step: np.ndarray, size: int) 
 
 
 def _duration(plan: Plan, machine: Machine) -> float:
-    """About how many steps a plan takes on a machine with halves: the longest queue, a merge."""
+    """About how many steps a plan takes on a machine with halves: the longest queue, and a merge,
+    whose partials, in the L2, are written and read a quarter faster than K and V."""
     tables = plan.tables
     if not len(tables.blocks):
         return 0
@@ -765,20 +786,30 @@ def _duration(plan: Plan, machine: Machine) -> float:
     blocks = (steps + shape.start) / shape.tokens
     queues = np.repeat(np.add.reduceat(blocks, tables.queues[:-1, 1]), plan.heads.kv)
     longest = np.bincount(np.arange(len(queues)) % shape.programs, queues).max()
-    return longest + 2 * (plan.partials > 0)
+    heads = plan.heads
+    moved = plan.partials * heads.kv * heads.partial_bytes
+    read = shape.programs * shape.tokens * heads.token_bytes
+    return longest + 2 * (plan.partials > 0) + 0.8 * moved / read
 
 
-def _pairs(
-    side: np.ndarray, block: np.ndarray, step: np.ndarray
+def _spread(
+    begin: np.ndarray,
+    end: np.ndarray,
+    counts: np.ndarray,
+    block: np.ndarray,
+    step: np.ndarray,
+    heads: Heads,
+    machine: Machine,
 ) -> tuple[np.ndarray | None, np.ndarray | int, np.ndarray]:
-    """Puts a step for one half of a block's rows beside one for the other half.
+    """Spreads a block's steps for few of its rows evenly among those for all of them.
 
-    Those are of nodes that few rows see, and wait for the memory; what all rows see is in the L2,
-    and waits for the matrix units. So the pairs are spread among the other steps; one of those
-    comes first, if there are any.
+    The first wait for the memory; the others, that more blocks read, are in the L2 and wait for
+    the matrix units. A step for one half of the rows is put before one for the other half, for
+    both to be computed at once; one that is in no such pair comes first, if there is one.
 
     Args:
-        side: [T] 1 for chunks for the first half, 2 for the second, 0 for both.
+        begin, end: [T] rows that chunks are for, counted from their block's first.
+        counts: [B] rows of a block.
         block: [T] the chunks'.
         step: [B] chunks of a step.
 
@@ -787,31 +818,46 @@ def _pairs(
         many chunks of each block are in pairs.
     """
     blocks = len(step)
-    if not side.any():
-        return None, 0, np.zeros(blocks, int)
-    key = block * 3 + side
-    sizes = np.bincount(key, minlength=3 * blocks).reshape(-1, 3)
-    paired = sizes[:, 1:].min(1) // step * step
-    if not paired.any():
-        return None, 0, paired
-    order = np.argsort(key, kind="stable")
-    rank = np.empty(len(key), np.int64)
-    rank[order] = np.arange(len(key)) - (np.cumsum(sizes) - sizes.ravel())[key[order]]
-    side = np.where(rank < paired[block], side, 0)
-    alone = np.flatnonzero(side == 0)
-    count = np.bincount(block[alone], minlength=blocks)
-    rank[alone] = np.arange(len(alone)) - (np.cumsum(count) - count)[block[alone]]
+    few = end - begin < counts[block]
+    if not machine.half or not few.any():
+        return None, 0, np.zeros(blocks, np.int64)
+    side = np.where(end * heads.group <= machine.half, 1, 0)
+    side[begin * heads.group >= machine.half] = 2
+    side[(counts * heads.group <= machine.half)[block]] = 0
+    rank, sizes = _ranks(block * 3 + side, 3 * blocks)
+    pairs = sizes.reshape(-1, 3)[:, 1:].min(1) // step
     rank //= step[block]
+    side[rank >= pairs[block]] = 0
+    # The others, those for all rows first.
+    kind = np.where(side > 0, 2, few)
+    inside, sizes = _ranks(block * 3 + kind, 3 * blocks)
+    sizes = sizes.reshape(-1, 3)
+    inside += np.where(kind == 1, sizes[block, 0], 0)
+    single = inside // step[block]
+    whole = -(-sizes[:, 0] // step)
+    rest = (sizes[:, 0] + sizes[:, 1]) // step - whole
     # Where in the block a step, or a pair, is to come: from 0 to 1.
-    whole = np.maximum(count // step, 1)[block]
-    where = np.where(side > 0, (rank + 0.5) / np.maximum(paired // step, 1)[block], rank / whole)
-    order = np.lexsort((side, where, block))
-    side, block, step = side[order], block[order], step[block[order]]
+    late = np.where(whole > 0, 0.5, 0)
+    counts = np.stack([whole, rest, pairs], 1)
+    kind[kind < 2] = (single >= whole[block])[kind < 2]
+    nth = np.choose(kind, [single, single - whole[block] + late[block], rank + 0.5])
+    where = nth / np.maximum(counts, 1)[block, kind]
+    order = np.lexsort((inside, side, where, block))
+    side, block, size = side[order], block[order], step[block[order]]
     # Behind a step, or a pair of them.
-    behind = np.arange(len(side)) + np.where(side == 1, 2, 1) * step
-    inside = np.minimum(behind, len(side) - 1)
-    follows = (side[inside] > 0) & (block[inside] == block) & (behind < len(side))
-    return order, (side > 0) * 8 + follows * 16, 2 * paired
+    behind = np.arange(len(side)) + np.where(side == 1, 2, 1) * size
+    follower = np.minimum(behind, len(side) - 1)
+    followed = (side[follower] > 0) & (block[follower] == block) & (behind < len(side))
+    return order, (side > 0) * 8 + followed * 16, 2 * pairs * step
+
+
+def _ranks(keys: np.ndarray, below: int) -> tuple[np.ndarray, np.ndarray]:
+    """How many equal keys come before each, and how many there are of each key."""
+    order = _stable_argsort(keys, below)
+    sizes = np.bincount(keys, minlength=below)
+    rank = np.empty(len(keys), np.int64)
+    rank[order] = np.arange(len(keys)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return rank, sizes
 
 
 def _cuts(lengths: np.ndarray, queues: int, least: int) -> np.ndarray:

@@ -1,11 +1,14 @@
 """The plan: every row attends to every token of its path once, at the least traffic."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pat_hf.kernels import plan as planner
 from pat_hf.kernels.plan import (
     Heads,
     Machine,
@@ -150,9 +153,11 @@ def assert_consistent(tables, heads, machine, page_size):
 @given(cases(), st.sampled_from(MACHINES))
 @settings(max_examples=150, deadline=None)
 def test_every_pair_once(case, machine):
-    plan = make_plan(*case[:5], machine)
-    assert_consistent(plan.tables, case.heads, machine, case.page_size)
-    assert_covers(plan.tables, case, case.position)
+    with mock.patch.object(planner, "_duration", wraps=planner._duration) as duration:
+        plan = make_plan(*case[:5], machine)
+    for one in [call.args[0] for call in duration.call_args_list] or [plan]:
+        assert_consistent(one.tables, case.heads, machine, case.page_size)
+        assert_covers(one.tables, case, case.position)
     fixed = make_plan(*case[:5], machine, ahead=0)
     assert_covers(fixed.tables, case, case.position)
     if machine.narrow == 1:  # else the packs may be others
@@ -282,6 +287,17 @@ def test_a_long_run_is_split_evenly_among_the_queues():
         assert steps.sum() == length + 2
         rows = tables.blocks[:, 1] - tables.blocks[:, 0]
         assert plan.partials == rows.sum()
+
+
+def test_what_few_rows_see_is_spread_among_what_all_see():
+    heads = HEADS._replace(query=32, kv=8)
+    nodes = nodes_of([0] + [1] * 32, [8192] + [256] * 32)
+    tables = plan_of(nodes, range(1, 33), heads=heads, machine=Machine.gpu(132, heads, 9)).tables
+    assert len(tables.blocks) == len(tables.queues) - 1 == 16
+    for _, _, begin, end, paired in tables.blocks.tolist():
+        flags = tables.chunks[begin:end:4, 8]  # of steps
+        assert paired == 4 * 8
+        assert "".join(".2"[flag] for flag in flags >> 3 & 1) == "..22" * 4
 
 
 def test_queues_of_short_blocks_are_even():

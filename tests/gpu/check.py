@@ -76,6 +76,8 @@ SMALL = [
     Check(319, heads=(16, 2), nodes=9, longest=300, rows=30, processors=2, sinks=True),
     # Wide blocks with steps for a half of their rows.
     Check(328, heads=(32, 2), nodes=20, longest=150, rows=24, processors=2),
+    # The same, pairs of them among steps for all rows.
+    Check(438, heads=(32, 2), nodes=9, rows=8, longest=300, processors=1),
     # Dims that Hopper's kernel can't copy, and ones below a product's least.
     Check(330, heads=(8, 2), dims=(120, 120), nodes=4, rows=3),
     Check(331, heads=(8, 2), dims=(8, 4), nodes=4, rows=3),
