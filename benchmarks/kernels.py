@@ -44,7 +44,7 @@ HERE = Path(__file__).parent
 DIM = 128
 BANDWIDTH, FLOPS = 4.3e12, 790e12
 FLOOR_US = 4.6  # of the peers' measurements; a higher one here would raise our shares alone
-IDEAS = ("packing", "tiles", "search", "turns", "splitting", "merge")
+IDEAS = ("packing", "tiles", "search", "order", "splitting", "merge")
 TREES = (
     "1,10_4096,416",
     "1,256_256,32",
@@ -197,7 +197,8 @@ def left_out(idea: str | None, processors: int, heads: Heads) -> Iterator[Machin
     """The machine to plan for, and kernels, with one of the ideas left out.
 
     packing: each request reads all of its path. tiles: as wide as the widest shape, where rows are.
-    search: one plan is made. turns: all steps of a wide block are for all of its rows.
+    search: one plan is made. order: steps are in the tree's, and all of a wide block's are for all
+    of its rows.
     splitting: no run of KV is cut.
     merge: not run, so the output is incomplete; what is saved is what the merge costs.
     """
@@ -210,9 +211,9 @@ def left_out(idea: str | None, processors: int, heads: Heads) -> Iterator[Machin
             machine = replace(machine, shapes=(*narrow, widest))
         if idea == "search":
             machine = replace(machine, narrow=1)
-        if idea == "turns":
-            none = lambda side, block, step: (None, np.zeros(len(step), int))  # noqa: E731
-            stack.enter_context(mock.patch.object(plan, "_turns", none))
+        if idea == "order":
+            none = lambda begin, end, counts, *_: (None, 0, np.zeros(len(counts), int))  # noqa: E731
+            stack.enter_context(mock.patch.object(plan, "_spread", none))
         if idea == "splitting":
             whole = tuple(shape._replace(least=1 << 30) for shape in machine.shapes)
             machine = replace(machine, shapes=whole)

@@ -18,7 +18,7 @@ IDEAS = {
     "tiles": "tile shapes: all blocks are as wide as the widest, where there are rows",
     "splitting": "splitting: no run of K and V is cut",
     "search": "search (ours): one plan is made, with blocks of up to 128 rows",
-    "turns": "turns (ours): all steps of a wide block are for all of its rows",
+    "order": "order (ours): steps are in the tree's, and all of a block's are for all of its rows",
     "merge": "the merge kernel, its result missing: what it takes of the time",
 }
 SIZES = {"30 to 100 MB": (30, 100), "100 to 500 MB": (100, 500), "over 500 MB": (500, 1e9)}

@@ -29,8 +29,8 @@ from pat_hf.kernels.constants import (
     BLOCK_COLUMNS,
     BLOCK_END_CHUNK,
     BLOCK_END_ROW,
-    BLOCK_ROW,
     BLOCK_PAIRED,
+    BLOCK_ROW,
     BLOCKS_AT,
     CHUNK_COLUMNS,
     CHUNKS_AT,
@@ -48,8 +48,8 @@ from pat_hf.kernels.constants import (
     QUEUE_CHUNK,
     QUEUE_COLUMNS,
     QUEUE_END_ROW,
-    QUEUE_ROW,
     QUEUE_PAIRED,
+    QUEUE_ROW,
     QUEUES_SIZE,
     ROWS_AT,
     SEEN,
@@ -129,11 +129,11 @@ def _wait(bars, n, flip: gl.constexpr = 0):
 
 @gluon.jit
 def _places(p_chunks, i_c, CHUNKS: gl.constexpr):
-    """Where the chunks of a step lie, from chunk i_c on."""
+    """Where the chunks of a step lie, from chunk i_c on; and the step's flags."""
     places = ()
     for c in gl.static_range(CHUNKS):
         places = places + (gl.load(p_chunks + (i_c + c) * CHUNK_COLUMNS),)
-    return places
+    return places + (gl.load(p_chunks + i_c * CHUNK_COLUMNS + FLAGS),)
 
 
 @gluon.jit
@@ -159,6 +159,7 @@ def _load_kv(
     p_chunks = plan + gl.load(plan + CHUNKS_AT)
     queues = gl.load(plan + QUEUES_SIZE) // QUEUE_COLUMNS - 1
     n = 0
+    before, last = 0, 0  # flags of the steps n - 2 and n - 1
     for i_j in range(gl.program_id(0), queues * H, gl.num_programs(0)):
         i_h = i_j % H
         p_queue = p_queues + i_j // H * QUEUE_COLUMNS
@@ -175,10 +176,11 @@ def _load_kv(
             if n == 1:
                 # Behind several steps' keys and values, the queries would be late for the first.
                 mbarrier.wait(asked.index(0), 0)
-            if n > 1:
-                # So a group that passes by a step of the other's knows that it has come: by parity,
-                # which is all that a barrier tells, it could take it for the next in that stage.
+            if before & PAIRED > 0:
+                # The group that passes by that step comes no further before it is there: by parity,
+                # all that a barrier tells, the group could not tell it from the next in its stage.
                 _wait(full, n - 2)
+            before, last = last, places[CHUNKS]
             stage = n & (STAGES - 1)
             bar = full.index(stage)
             _wait(empty, n, 1)

@@ -96,8 +96,8 @@ class Machine:
         shapes: ascending by rows. A group wider than the last is a block of that shape.
         partial: what a byte of a partial costs, in bytes of K and V read once.
         half: rows of a block that are computed apart from those behind them; 0: none are.
-        narrow: what a step for those costs, one for more = 1. If that is less, plans of the first
-            shape alone are tried, too, and the fastest is taken.
+        narrow: what a step for those costs, one for more = 1. If that is less, `make_plan` tries
+            other plans, too.
     """
 
     shapes: tuple[Shape, ...]
@@ -382,6 +382,9 @@ def make_plan(
     """Plans the attention of query rows over a prefix tree.
 
     A row attends to every token on the path from its root to `node` at a position up to its own.
+    For a decode step on Hopper, up to three plans are made, and the one that should take the least
+    time is returned: what few rows see in queues of its own, or spread over those of its tile, or
+    blocks of the smallest shape alone.
 
     Args:
         nodes: the tree.
@@ -409,16 +412,15 @@ def make_plan(
         return Plan(tables, heads)
 
     tiles = _query_tiles(forest, heads, machine)
-    # To search is not worth it for one forward.
-    if machine.narrow == 1 or ahead == 0 or not tiles.shape.any():
-        return plan(tiles)
     plans = [plan(tiles)]
-    if np.count_nonzero(tiles.shape) < machine.shapes[-1].programs // heads.kv:
-        plans.append(plan(tiles, spread=True))
-    small = _query_tiles(forest, heads, replace(machine, shapes=machine.shapes[:1]))
-    if small.cost < 1.4 * tiles.cost:  # else much more would have to be read
-        plans.append(plan(small))
-    return min(plans, key=lambda plan: _duration(plan, machine))
+    # To search is not worth it for one forward.
+    if machine.narrow < 1 and ahead != 0 and tiles.shape.any():
+        if np.count_nonzero(tiles.shape) < machine.shapes[-1].programs // heads.kv:
+            plans.append(plan(tiles, spread=True))
+        small = _query_tiles(forest, heads, replace(machine, shapes=machine.shapes[:1]))
+        if small.cost < 1.4 * tiles.cost:  # else much more would have to be read
+            plans.append(plan(small))
+    return min(plans, key=lambda plan: _duration(plan, machine)) if plans[1:] else plans[0]
 
 
 class _Forest(NamedTuple):
@@ -625,11 +627,11 @@ def _tables(
     machine: Machine,
     spread: bool,
 ) -> Tables:
-    """The tables of tiles, and of what they read.
+    """The tables of tiles.
 
     Args:
-        spread: whether steps for half of a tile's rows are spread over all of its queues; else they
-            are where their nodes are, at the end, and fewer queues leave partials of all rows.
+        spread: whether what few of a tile's rows see is spread over all of its queues; else it is
+            in queues of its own, and the others leave more of the rows' partials.
     """
     sizes = np.array([shape.tokens or page_size for shape in machine.shapes])
     size = machine.chunk(page_size)
@@ -643,7 +645,8 @@ def _tables(
         tile = np.repeat(np.arange(len(step)), np.diff(tile_ptr))
         rows_of = runs.begin[run], runs.end[run]
         order, _, _ = _spread(*rows_of, counts, tile, step, heads, machine)
-        run, chunks = (run, chunks) if order is None else (run[order], chunks[order])
+        if order is not None:
+            run, chunks = run[order], chunks[order]
 
     # Queues are cut from the steps of a shape, blocks from the query tiles where queues end.
     bounds = np.searchsorted(tiles.shape, np.arange(len(machine.shapes) + 1))
@@ -674,9 +677,7 @@ def _tables(
         block = np.repeat(np.arange(len(blocks)), end - begin)
         first, last = runs.begin[run] - least[block], runs.end[run] - least[block]
         chunks[:, 5] = first + (last << 16)
-        order, pair, blocks[:, 4] = _spread(
-            first, last, counts, block, step[tile], heads, machine
-        )
+        order, pair, blocks[:, 4] = _spread(first, last, counts, block, step[tile], heads, machine)
         chunks = chunks if order is None else chunks[order]
         chunks[:, 6] = blocks[block, 0]
         chunks[:, 7] = np.where(partial, np.cumsum(partial * counts) - counts, -1)[block]

@@ -6,12 +6,10 @@ is read or written out of bounds raises. Layouts mean nothing here, nor does wha
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import inspect
 import random
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
