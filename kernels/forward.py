@@ -467,11 +467,17 @@ def forward(
         pages = (*k_pages.shape[1:], *k_pages.stride(), *v_pages.shape[1:], *v_pages.stride())
         used = (window is None, softcap is None, sinks is None, row_stride % 16)
         # Which shapes are launched, and the merge's width.
-        sizes = tuple(launch.options.get("BM") or launch.options.get("BH") for launch in launches)
+        sizes = tuple(
+            tuple(launch.options.get(name) for name in ("BM", "BH", "N")) for launch in launches
+        )
         kind = (q.device, q.dtype, query_heads, *pages, *used, *sizes)
         if kind not in _compiled:
-            # The last layer of a prefill, and decode steps, have few rows, and come next.
-            _compile([*launches, _of_merge(call, 1, processors, pdl)], q.device)
+            # The last layer of a prefill, and decode steps, have fewer rows, and come next.
+            fewer = [
+                _of_merge(call, n, processors, pdl)
+                for n in (1, max(8 * processors // query_heads, 1))
+            ]
+            _compile([*launches, *fewer], q.device)
             _compiled.add(kind)
     for kernel, grid, arguments, options in launches:
         kernel[grid](*arguments, **options)
@@ -570,10 +576,14 @@ def _of_merge(call: _Call, rows: int, processors: int, pdl: bool) -> _Launch:
     query_heads, value_dim = call.out.shape[2:]
     value_block = triton.next_power_of_2(value_dim)
     # Few rows are spread over the machine by heads.
-    many = min(query_heads, max(1024 // value_block, 1), -(-rows * query_heads // (8 * processors)))
-    many = triton.next_power_of_2(many)
+    each = -(-rows * query_heads // processors)
+    many = min(query_heads, max(1024 // value_block, 1), -(-each // 8))
+    many, at_once = triton.next_power_of_2(many), 4
+    if 5 <= each <= 8 and value_block <= 128:
+        # Programs of one warp would pile up on the processors that the forward leaves first.
+        many, at_once = min(4, triton.next_power_of_2(query_heads)), 16
     options = dict(
-        HQ=query_heads, V=value_dim, BH=many, BV=value_block,
+        HQ=query_heads, V=value_dim, N=at_once, BH=many, BV=value_block,
         USE_SINKS=call.sinks is not None, USE_PDL=pdl,
         # More programs of one warp than of four start beside Hopper's blocks.
         num_warps=4 if many * value_block > 128 else 1, **({"launch_pdl": True} if pdl else {}),

@@ -9,13 +9,12 @@ from pat_hf.kernels.constants import LOG2E, MERGE_PTR_AT, MERGE_ROWS_AT, MERGE_R
 
 
 @triton.jit
-def _slots(p_slots, i_s, end):
-    """Entries i_s..i_s+3 of the list of slots; -1 from `end` on."""
-    s_0 = tl.load(p_slots + i_s, mask=i_s < end, other=-1)
-    s_1 = tl.load(p_slots + i_s + 1, mask=i_s + 1 < end, other=-1)
-    s_2 = tl.load(p_slots + i_s + 2, mask=i_s + 2 < end, other=-1)
-    s_3 = tl.load(p_slots + i_s + 3, mask=i_s + 3 < end, other=-1)
-    return s_0, s_1, s_2, s_3
+def _slots(p_slots, i_s, end, N: tl.constexpr):
+    """Entries i_s..i_s+N-1 of the list of slots; -1 from `end` on."""
+    slots = ()
+    for i in tl.static_range(N):
+        slots = slots + (tl.load(p_slots + i_s + i, mask=i_s + i < end, other=-1),)
+    return slots
 
 
 @triton.jit
@@ -39,6 +38,7 @@ def merge_kernel(
     sinks,
     HQ: tl.constexpr,
     V: tl.constexpr,
+    N: tl.constexpr,
     BH: tl.constexpr,
     BV: tl.constexpr,
     USE_SINKS: tl.constexpr,
@@ -50,6 +50,7 @@ def merge_kernel(
         plan: int32 [C, W], see `Plan`.
         partial: fp32 [slots, HQ, V]; lse: fp32 [slots, HQ], in base 2.
         out: [rows, HQ, V]; rows that one block wrote are left alone.
+        N: partials whose loads are in flight together.
     """
     i_m = tl.program_id(0)
     if i_m < tl.load(plan + MERGE_ROWS_SIZE):
@@ -60,7 +61,7 @@ def merge_kernel(
         p_ptr = plan + tl.load(plan + MERGE_PTR_AT) + i_m
         p_slots = plan + tl.load(plan + SLOTS_AT)
         begin, end = tl.load(p_ptr), tl.load(p_ptr + 1)
-        s_0, s_1, s_2, s_3 = _slots(p_slots, begin, end)
+        slots = _slots(p_slots, begin, end, N)
         if USE_PDL:
             tl.extra.cuda.gdc_wait()
         b_max = tl.full([BH], float("-inf"), tl.float32)
@@ -69,24 +70,25 @@ def merge_kernel(
             b_max = tl.load(sinks + o_h, mask=m_h, other=0.0).to(tl.float32) * LOG2E
             b_sum += 1.0
         b_out = tl.zeros([BH, BV], tl.float32)
-        # Four at a time: their loads are in flight together.
-        for i_s in range(begin, end, 4):
-            b_0, b_lse0 = _load(partial, lse, s_0, o_h, o_v, HQ, V)
-            b_1, b_lse1 = _load(partial, lse, s_1, o_h, o_v, HQ, V)
-            b_2, b_lse2 = _load(partial, lse, s_2, o_h, o_v, HQ, V)
-            b_3, b_lse3 = _load(partial, lse, s_3, o_h, o_v, HQ, V)
-            s_0, s_1, s_2, s_3 = _slots(p_slots, i_s + 4, end)
-            b_new = tl.maximum(tl.maximum(b_lse0, b_lse1), tl.maximum(b_lse2, b_lse3))
-            b_new = tl.maximum(b_max, b_new)
+        for i_s in range(begin, end, N):
+            parts = ()
+            tops = ()
+            b_new = b_max
+            for i in tl.static_range(N):
+                b_p, b_lse = _load(partial, lse, slots[i], o_h, o_v, HQ, V)
+                parts = parts + (b_p,)
+                tops = tops + (b_lse,)
+            slots = _slots(p_slots, i_s + N, end, N)
+            for i in tl.static_range(N):
+                b_new = tl.maximum(b_new, tops[i])
             b_ref = tl.where(b_new == float("-inf"), 0.0, b_new)
             b_old = tl.exp2(b_max - b_ref)
-            b_lse0 = tl.exp2(b_lse0 - b_ref)
-            b_lse1 = tl.exp2(b_lse1 - b_ref)
-            b_lse2 = tl.exp2(b_lse2 - b_ref)
-            b_lse3 = tl.exp2(b_lse3 - b_ref)
-            b_sum = b_sum * b_old + ((b_lse0 + b_lse1) + (b_lse2 + b_lse3))
-            b_out = b_out * b_old[:, None] + b_0 * b_lse0[:, None] + b_1 * b_lse1[:, None]
-            b_out += b_2 * b_lse2[:, None] + b_3 * b_lse3[:, None]
+            b_sum = b_sum * b_old
+            b_out = b_out * b_old[:, None]
+            for i in tl.static_range(N):
+                b_w = tl.exp2(tops[i] - b_ref)
+                b_sum += b_w
+                b_out += parts[i] * b_w[:, None]
             b_max = b_new
         b_out = b_out / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
         p_out = out + (i_r * HQ + o_h[:, None]) * V + o_v[None, :]

@@ -6,8 +6,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 
@@ -16,7 +18,8 @@ from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
 from pat_hf.kernels import hopper  # noqa: E402
-from pat_hf.kernels.forward import forward_kernel, tiles  # noqa: E402
+from pat_hf.kernels.forward import _of_merge, forward_kernel, tiles  # noqa: E402
+from pat_hf.kernels.merge import merge_kernel  # noqa: E402
 from pat_hf.kernels.plan import Heads, Machine  # noqa: E402
 
 CHECK = Path(__file__).parent / "gpu" / "check.py"
@@ -98,6 +101,23 @@ def test_hoppers_kernel_fits_registers_and_shared_memory(dims, features, chunk):
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.metadata.shared <= SHARED[90]
     assert _stack_bytes(compiled.asm["cubin"]) <= STACK[features]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("rows", [1, 33, 128, 2000])
+@pytest.mark.parametrize("heads, dim", [(32, 128), (32, 80), (16, 256), (2, 16)])
+def test_the_merge_fits_registers(heads, dim, rows, capability):
+    call = SimpleNamespace(
+        out=torch.empty(1, 1, heads, dim), plan=None, partial=None, lse=None, sinks=None
+    )
+    launch = _of_merge(call, rows, 132, capability >= 90)
+    kinds = {"plan": "*i32", "partial": "*fp32", "lse": "*fp32", "out": "*fp16", "sinks": "*fp16"}
+    constants = {x: y for x, y in launch.options.items() if x in merge_kernel.arg_names}
+    signature = {name: kinds.get(name, "constexpr") for name in merge_kernel.arg_names}
+    source = ASTSource(merge_kernel, signature, constexprs=constants)
+    options = {"num_warps": launch.options["num_warps"]}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert _stack_bytes(compiled.asm["cubin"]) == 0
 
 
 @pytest.mark.parametrize("dtype, dim", [("fp16", 128), ("fp16", 256), ("fp32", 128)])
