@@ -406,21 +406,21 @@ def make_plan(
     forest = _compress(nodes, node, position, window)
     known = np.where(node < 0, _NOWHERE, position)
 
-    def plan(tiles: _Tiles, spread: bool = False) -> Plan:
+    def plans(tiles: _Tiles, *spreads: bool) -> list[Plan]:
         runs = _runs(nodes, forest, tiles, position, ahead, window)
-        tables = _tables(nodes, forest.rows, tiles, runs, known, page_size, heads, machine, spread)
-        return Plan(tables, heads)
+        same = nodes, forest.rows, tiles, runs, known, page_size, heads, machine
+        return [Plan(_tables(*same, spread), heads) for spread in spreads]
 
     tiles = _query_tiles(forest, heads, machine)
-    plans = [plan(tiles)]
     # To search is not worth it for one forward.
-    if machine.narrow < 1 and ahead != 0 and tiles.shape.any():
-        if np.count_nonzero(tiles.shape) < machine.shapes[-1].programs // heads.kv:
-            plans.append(plan(tiles, spread=True))
-        small = _query_tiles(forest, heads, replace(machine, shapes=machine.shapes[:1]))
-        if small.cost < 1.4 * tiles.cost:  # else much more would have to be read
-            plans.append(plan(small))
-    return min(plans, key=lambda plan: _duration(plan, machine)) if plans[1:] else plans[0]
+    if machine.narrow == 1 or ahead == 0 or not tiles.shape.any():
+        return plans(tiles, False)[0]
+    few = np.count_nonzero(tiles.shape) < machine.shapes[-1].programs // heads.kv
+    made = plans(tiles, False, True) if few else plans(tiles, False)
+    small = _query_tiles(forest, heads, replace(machine, shapes=machine.shapes[:1]))
+    if small.cost < 1.4 * tiles.cost:  # else much more would have to be read
+        made += plans(small, False)
+    return min(made, key=lambda plan: _duration(plan, machine))
 
 
 class _Forest(NamedTuple):
@@ -830,19 +830,17 @@ def _spread(
     rank //= step[block]
     side[rank >= pairs[block]] = 0
     # The others, those for all rows first.
-    kind = np.where(side > 0, 2, few)
-    inside, sizes = _ranks(block * 3 + kind, 3 * blocks)
-    sizes = sizes.reshape(-1, 3)
-    inside += np.where(kind == 1, sizes[block, 0], 0)
+    inside, sizes = _ranks(block * 3 + np.where(side > 0, 2, few), 3 * blocks)
+    common, rare = sizes.reshape(-1, 3)[:, :2].T
+    inside += np.where((side == 0) & few, common[block], 0)
     single = inside // step[block]
-    whole = -(-sizes[:, 0] // step)
-    rest = (sizes[:, 0] + sizes[:, 1]) // step - whole
+    whole = -(-common // step)
+    rest = (common + rare) // step - whole
     # Where in the block a step, or a pair, is to come: from 0 to 1.
-    late = np.where(whole > 0, 0.5, 0)
-    counts = np.stack([whole, rest, pairs], 1)
-    kind[kind < 2] = (single >= whole[block])[kind < 2]
-    nth = np.choose(kind, [single, single - whole[block] + late[block], rank + 0.5])
-    where = nth / np.maximum(counts, 1)[block, kind]
+    kind = np.where(side > 0, 2, single >= whole[block])
+    late = np.where(whole > 0, 0.5, 0)[block]
+    nth = np.choose(kind, [single, single - whole[block] + late, rank + 0.5])
+    where = nth / np.stack([whole, rest, pairs], 1)[block, kind]
     order = np.lexsort((inside, side, where, block))
     side, block, size = side[order], block[order], step[block[order]]
     # Behind a step, or a pair of them.
