@@ -466,7 +466,7 @@ def _attend(
 ):
     """A group's share of a block, of `steps` steps from p_chunk on: maxima, base 2, sums, results
     and the next `split`. Of a wide block's steps, `paired` are for the rows of one group, as FLAGS
-    say, and the others for both's.
+    say, and the others for those of both.
 
     Not written out inside the loops: Triton goes through a loop's body twice, so through that of
     three loops eight times, which took a third of the time to compile the kernel.

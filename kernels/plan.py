@@ -413,8 +413,9 @@ def make_plan(
 
     tiles = _query_tiles(forest, heads, machine)
     # To search is not worth it for one forward.
-    if machine.narrow == 1 or ahead == 0 or not tiles.shape.any():
+    if machine.narrow == 1 or ahead == 0 or not tiles.shape.any() or heads.group > machine.half:
         return plans(tiles, False)[0]
+    # Of more tiles, few queues have but a part.
     few = np.count_nonzero(tiles.shape) < machine.shapes[-1].programs // heads.kv
     made = plans(tiles, False, True) if few else plans(tiles, False)
     small = _query_tiles(forest, heads, replace(machine, shapes=machine.shapes[:1]))
@@ -824,7 +825,6 @@ def _spread(
         return None, 0, np.zeros(blocks, np.int64)
     side = np.where(end * heads.group <= machine.half, 1, 0)
     side[begin * heads.group >= machine.half] = 2
-    side[(counts * heads.group <= machine.half)[block]] = 0
     rank, sizes = _ranks(block * 3 + side, 3 * blocks)
     pairs = sizes.reshape(-1, 3)[:, 1:].min(1) // step
     rank //= step[block]
@@ -842,7 +842,7 @@ def _spread(
     nth = np.choose(kind, [single, single - whole[block] + late, rank + 0.5])
     where = nth / np.stack([whole, rest, pairs], 1)[block, kind]
     order = np.lexsort((inside, side, where, block))
-    side, block, size = side[order], block[order], step[block[order]]
+    side, size = side[order], step[block]
     # Behind a step, or a pair of them.
     behind = np.arange(len(side)) + np.where(side == 1, 2, 1) * size
     follower = np.minimum(behind, len(side) - 1)

@@ -23,6 +23,7 @@ from pat_hf.kernels import hopper
 PATIENCE = 60  # seconds, until what is waited for counts as never coming
 LATE = 0.2  # of copies, see `_ask`
 _unfenced = threading.local()  # where this thread has stored since its last fence
+_knowledge = threading.local()  # see `_over`
 _copies = threading.local()  # what this thread copies, until it waits for it: open, committed
 
 
@@ -99,28 +100,35 @@ class Memory:
 
 
 class Barrier:
-    """An mbarrier: a phase is over once all have arrived, and all bytes announced have come."""
+    """An mbarrier: a phase is over once all have arrived, and all bytes announced have come.
+
+    Who waits for it learns which phases those who arrived knew to be over, of all barriers.
+    """
 
     def __init__(self, changed: threading.Condition):
         self.changed, self.phase, self.count, self.bytes = changed, 0, 0, 0
+        self.over: dict[Barrier, int] = {}
 
     def init(self, count: int) -> None:
         self.count = self.left = count
 
     def come(self, arrivals: int, bytes: int) -> None:
         with self.changed:
+            _learn(self.over, _over())
             self.left -= arrivals
             self.bytes += bytes
             if self.left < 0:
                 raise RuntimeError("More arrive than are waited for.")
             if not self.left and not self.bytes:
                 self.phase, self.left = self.phase + 1, self.count
+                self.over[self] = self.phase
                 self.changed.notify_all()
 
     def wait(self, parity: Any) -> None:
         with self.changed:
             if not self.changed.wait_for(lambda: self.phase % 2 != int(parity), PATIENCE):
                 raise TimeoutError("What is waited for doesn't come.")
+            _learn(_over(), self.over)
 
 
 class Barriers:
@@ -129,6 +137,23 @@ class Barriers:
 
     def index(self, i: Any) -> Barrier:
         return self.all[int(i)]
+
+
+def _over() -> dict[Barrier, int]:
+    """How many phases of barriers this thread knows to be over."""
+    return vars(_knowledge).setdefault("over", {})
+
+
+def _learn(over: dict[Barrier, int], more: dict[Barrier, int]) -> None:
+    over.update({bar: phase for bar, phase in more.items() if phase > over.get(bar, 0)})
+
+
+def _wait(bars: Barriers, n: Any, flip: int = 0) -> None:
+    stages = bars.shape[0]
+    bar, phase = bars.index(n % stages), int(n) // stages
+    if _over().get(bar, 0) < phase - flip:
+        raise RuntimeError("By parity, a step may be taken for the one before in its stage.")
+    bar.wait((phase & 1) ^ flip)
 
 
 def _load(p: Pointer, mask: Any = None, other: Any = 0) -> torch.Tensor:
@@ -235,6 +260,7 @@ class Program:
             ),
             "warpgroup_mma": _multiply,
             "warpgroup_mma_wait": lambda left, deps: deps if len(deps) > 1 else deps[0],
+            "_wait": _wait,
             "async_load": _ask,
             "async_copy": SimpleNamespace(commit_group=_commit_group, wait_group=_wait_group),
             "copy_rows": _copy_rows,

@@ -17,6 +17,7 @@ from pat_hf.kernels.plan import (
     Shape,
     _compress,
     _query_tiles,
+    _spread,
     make_plan,
 )
 
@@ -111,7 +112,8 @@ def assert_consistent(tables, heads, machine, page_size):
             assert low.min() == 0 and high.max() == end_row - row and (low < high).all()
             # Pairs of steps for a half of the rows each, not the first if not all are in pairs.
             pairs = np.flatnonzero(run[:, 8] & 8).reshape(-1, 2, many)
-            assert pairs.size == paired and not (pairs[:, 0, 0] == 0).any() or paired == len(run)
+            assert pairs.size == paired
+            assert paired == len(run) or not (pairs[:, 0, 0] == 0).any()
             assert (np.diff(pairs.reshape(-1, 2 * many)) == 1).all()
             assert (high[pairs[:, 0]] * heads.group <= machine.half).all()
             assert (low[pairs[:, 1]] * heads.group >= machine.half).all()
@@ -298,6 +300,15 @@ def test_what_few_rows_see_is_spread_among_what_all_see():
         flags = tables.chunks[begin:end:4, 8]  # of steps
         assert paired == 4 * 8
         assert "".join(".2"[flag] for flag in flags >> 3 & 1) == "..22" * 4
+
+
+def test_a_block_begins_with_a_step_that_is_in_no_pair():
+    heads, machine = HEADS._replace(query=1, kv=1), MACHINES[4]
+    begin = np.array([0, 8] * 3 + [0])  # of 16 rows; the last step is for a half, but has no other
+    one = np.array([16]), np.zeros(7, np.int64), np.array([1])
+    order, flags, paired = _spread(begin, begin + 8, *one, heads, machine)
+    assert order.tolist() == [6, 0, 1, 2, 3, 4, 5] and paired == [6]
+    assert flags.tolist() == [16, 24, 24, 24, 24, 8, 8]
 
 
 def test_queues_of_short_blocks_are_even():

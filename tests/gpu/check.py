@@ -78,11 +78,13 @@ SMALL = [
     Check(328, heads=(32, 2), nodes=20, longest=150, rows=24, processors=2),
     # The same, pairs of them among steps for all rows.
     Check(438, heads=(32, 2), nodes=9, rows=8, longest=300, processors=1),
+    # A block that is all pairs.
+    Check(1642, heads=(16, 1), nodes=9, rows=9, longest=300, processors=8),
     # Dims that Hopper's kernel can't copy, and ones below a product's least.
     Check(330, heads=(8, 2), dims=(120, 120), nodes=4, rows=3),
     Check(331, heads=(8, 2), dims=(8, 4), nodes=4, rows=3),
-    # On two multiprocessors, the merge's programs have four heads each.
-    Check(346, heads=(6, 2), sinks=True, nodes=3, rows=2, longest=900),
+    # On two multiprocessors, the merge's programs have four heads each; of 34 partials a row.
+    Check(406, heads=(6, 2), dims=(16, 16), sinks=True, nodes=3, rows=2, longest=9000),
     # One block of one group alone, of two steps, in a page; the plan ends just behind its rows.
     Check(342, heads=(1, 1), page_size=128, nodes=1, rows=2, longest=128),
     # Wide blocks whose second half begins within a query token's heads, and goes on behind them.
