@@ -52,6 +52,10 @@ from pat_hf.kernels.constants import (
 from pat_hf.kernels.merge import merge_kernel
 from pat_hf.kernels.plan import COLUMNS, Heads, Machine, aligned, is_hopper, processors_of
 
+MERGE_WARPS = (
+    8  # of a multiprocessor that the merge of few rows is to keep busy, a head of one each
+)
+
 
 class Tile(NamedTuple):
     """How blocks of a shape are run.
@@ -473,10 +477,8 @@ def forward(
         kind = (q.device, q.dtype, query_heads, *pages, *used, *sizes)
         if kind not in _compiled:
             # The last layer of a prefill, and decode steps, have fewer rows, and come next.
-            fewer = [
-                _of_merge(call, n, processors, pdl)
-                for n in (1, max(8 * processors // query_heads, 1))
-            ]
+            few = 1, max(MERGE_WARPS * processors // query_heads, 1)
+            fewer = [_of_merge(call, rows, processors, pdl) for rows in few]
             _compile([*launches, *fewer], q.device)
             _compiled.add(kind)
     for kernel, grid, arguments, options in launches:
@@ -577,9 +579,9 @@ def _of_merge(call: _Call, rows: int, processors: int, pdl: bool) -> _Launch:
     value_block = triton.next_power_of_2(value_dim)
     # Few rows are spread over the machine by heads.
     each = -(-rows * query_heads // processors)
-    many = min(query_heads, max(1024 // value_block, 1), -(-each // 8))
+    many = min(query_heads, max(1024 // value_block, 1), -(-each // MERGE_WARPS))
     many, at_once = triton.next_power_of_2(many), 4
-    if 5 <= each <= 8 and value_block <= 128:
+    if MERGE_WARPS // 2 < each <= MERGE_WARPS and value_block <= 128:
         # Programs of one warp would pile up on the processors that the forward leaves first.
         many, at_once = min(4, triton.next_power_of_2(query_heads)), 16
     options = dict(

@@ -177,8 +177,8 @@ def _load_kv(
                 # Behind several steps' keys and values, the queries would be late for the first.
                 mbarrier.wait(asked.index(0), 0)
             if before & PAIRED > 0:
-                # The group that passes by that step comes no further before it is there: by parity,
-                # all that a barrier tells, the group could not tell it from the next in its stage.
+                # One group passes by that step, but by no two in a row: it sees n or n + 1 before
+                # it asks for n + 2. By parity, that would seem to have come while n - 2 has not.
                 _wait(full, n - 2)
             before, last = last, places[CHUNKS]
             stage = n & (STAGES - 1)

@@ -412,12 +412,13 @@ def make_plan(
         return [Plan(_tables(*same, spread), heads) for spread in spreads]
 
     tiles = _query_tiles(forest, heads, machine)
-    # To search is not worth it for one forward.
+    # To search is not worth it for one forward, and there is nothing to choose where no block has
+    # two halves.
     if machine.narrow == 1 or ahead == 0 or not tiles.shape.any() or heads.group > machine.half:
         return plans(tiles, False)[0]
-    # Of more tiles, few queues have but a part.
-    few = np.count_nonzero(tiles.shape) < machine.shapes[-1].programs // heads.kv
-    made = plans(tiles, False, True) if few else plans(tiles, False)
+    # Where there are more tiles than queues, hardly one of them is cut.
+    cut = np.count_nonzero(tiles.shape) < machine.shapes[-1].programs // heads.kv
+    made = plans(tiles, False, True) if cut else plans(tiles, False)
     small = _query_tiles(forest, heads, replace(machine, shapes=machine.shapes[:1]))
     if small.cost < 1.4 * tiles.cost:  # else much more would have to be read
         made += plans(small, False)
@@ -632,7 +633,7 @@ def _tables(
 
     Args:
         spread: whether what few of a tile's rows see is spread over all of its queues; else it is
-            in queues of its own, and the others leave more of the rows' partials.
+            in queues of its own, which leave fewer partials.
     """
     sizes = np.array([shape.tokens or page_size for shape in machine.shapes])
     size = machine.chunk(page_size)
@@ -643,9 +644,8 @@ def _tables(
         first = _starts(runs.tile)
         counts = np.zeros(len(step), np.int64)
         counts[runs.tile[first]] = np.maximum.reduceat(runs.end, first)
-        tile = np.repeat(np.arange(len(step)), np.diff(tile_ptr))
-        rows_of = runs.begin[run], runs.end[run]
-        order, _, _ = _spread(*rows_of, counts, tile, step, heads, machine)
+        of_run = runs.begin[run], runs.end[run], counts, runs.tile[run]
+        order, _, _ = _spread(*of_run, step, heads, machine)
         if order is not None:
             run, chunks = run[order], chunks[order]
 
@@ -776,8 +776,11 @@ def _flags(chunks: np.ndarray, counts: np.ndarray, step: np.ndarray, size: int) 
 
 
 def _duration(plan: Plan, machine: Machine) -> float:
-    """About how many steps a plan takes on a machine with halves: the longest queue, and a merge,
-    whose partials, in the L2, are written and read a quarter faster than K and V."""
+    """About how many steps a plan takes on a machine with halves: the longest queue, and a merge.
+
+    What a byte of a partial costs here, 0.8 of one of K and V, goes with `Machine.narrow` by which
+    of two plans was the faster one on an H200.
+    """
     tables = plan.tables
     if not len(tables.blocks):
         return 0

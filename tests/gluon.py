@@ -1,7 +1,8 @@
 """`pat_hf.kernels.hopper` without a GPU: what its kernel says, done by PyTorch.
 
-Warps that have a part of their own are a thread each, what they wait for waits in earnest, and what
-is read or written out of bounds raises. Layouts mean nothing here, nor does what is done ahead.
+Warps that have a part of their own are a thread each, and what they wait for waits in earnest. What
+is read or written out of bounds raises, and a wait that may end too early. Some copies come late.
+Layouts mean nothing here, nor does what is done ahead.
 """
 
 from __future__ import annotations
@@ -148,12 +149,17 @@ def _learn(over: dict[Barrier, int], more: dict[Barrier, int]) -> None:
     over.update({bar: phase for bar, phase in more.items() if phase > over.get(bar, 0)})
 
 
-def _wait(bars: Barriers, n: Any, flip: int = 0) -> None:
-    stages = bars.shape[0]
-    bar, phase = bars.index(n % stages), int(n) // stages
-    if _over().get(bar, 0) < phase - flip:
-        raise RuntimeError("By parity, a step may be taken for the one before in its stage.")
-    bar.wait((phase & 1) ^ flip)
+def _knowing(wait: Callable[..., None]) -> Callable[..., None]:
+    """The kernel's wait for a step at its stage, by those alone who know the one before to be over:
+    parity doesn't tell the two."""
+
+    def waits(bars: Barriers, n: Any, flip: int = 0) -> None:
+        stages = bars.shape[0]
+        if _over().get(bars.index(n % stages), 0) < int(n) // stages - flip:
+            raise RuntimeError("By parity, a step may be taken for the one before in its stage.")
+        wait(bars, n, flip)
+
+    return waits
 
 
 def _load(p: Pointer, mask: Any = None, other: Any = 0) -> torch.Tensor:
@@ -260,7 +266,6 @@ class Program:
             ),
             "warpgroup_mma": _multiply,
             "warpgroup_mma_wait": lambda left, deps: deps if len(deps) > 1 else deps[0],
-            "_wait": _wait,
             "async_load": _ask,
             "async_copy": SimpleNamespace(commit_group=_commit_group, wait_group=_wait_group),
             "copy_rows": _copy_rows,
@@ -301,6 +306,7 @@ class Kernel:
                 setattr(module, name, value.fn)
             elif isinstance(value, triton.language.constexpr):
                 setattr(module, name, value.value)
+        module._wait = _knowing(module._wait)
 
         def launch(*args: Any, **options: Any) -> None:
             known = inspect.signature(module.hopper_kernel).parameters

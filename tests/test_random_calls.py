@@ -1,5 +1,6 @@
 """One cache through many calls of generate(), in mixed modes, short of memory, interrupted."""
 
+import dis
 import linecache
 import os
 import sys
@@ -155,6 +156,9 @@ def run(model, prompts, cache=None, **kwargs):
     return model.generate(**batch(prompts), past_key_values=cache, **kwargs)
 
 
+EXITS = "LOAD_CONST", "SWAP", "PUSH_EXC_INFO"  # what the exit of a `with` begins with, in CPython
+
+
 class Interrupt(KeyboardInterrupt):
     """Ctrl-C at a line of our own code."""
 
@@ -167,13 +171,17 @@ def interrupted(call, line):
 
     def in_frame(frame, event, argument):
         nonlocal count
-        # No signal comes between the end of a `with` and its exit, as a trace of its line could.
-        line_of = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
-        if event == "line" and not line_of.lstrip().startswith("with "):
+        if event == "line" and not leaves(frame):
             count += 1
             if count == line:
                 raise Interrupt
         return in_frame
+
+    def leaves(frame):
+        """Whether a `with` is about to exit: no signal comes before that has begun."""
+        code, at = frame.f_code, frame.f_lineno
+        begun = linecache.getline(code.co_filename, at).lstrip().startswith("with ")
+        return begun and dis.opname[code.co_code[frame.f_lasti]] in EXITS
 
     def trace(frame, event, argument):
         file = frame.f_code.co_filename
