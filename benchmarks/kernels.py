@@ -6,12 +6,13 @@
     python benchmarks/kernels.py --without packing merge       # what single ideas are worth
 
 A tree "1,10_4096,416" has 1 node of 4,096 tokens and below it 10 of 416; one query per leaf, in
-shuffled order. A row of the result: tree, heads, us (median), roofline_us, error (the largest over
-some rows, against float64), bound (twice that of PyTorch's SDPA plus 1e-5), kv_mb (distinct K and
-V), tb_s (kv_mb over us), share (of the roofline, net of `one_kernel_us`, what a graph of one
-tiny kernel takes, at most FLOOR_US), eager_us (mean of eager calls in a row, so with a warm L2),
-sdpa_us, best_us (the fastest peer's time, from peers-h200.json), without_us (times with one idea
-left out).
+shuffled order. Pages are numbered along the tree, as a new cache does, and PAT's own benchmark; or
+at random. Where a plan leaves nothing to merge, no merge is launched. A row of the result: tree,
+heads, us (median), roofline_us, error (the largest over some rows, against float64), bound (twice
+that of PyTorch's SDPA plus 1e-5), kv_mb (distinct K and V), tb_s (kv_mb over us), share (of the
+roofline, net of `one_kernel_us`, what a graph of one tiny kernel takes, at most FLOOR_US), eager_us
+(mean of eager calls in a row, so with a warm L2), sdpa_us, best_us (the fastest peer's time, from
+peers-h200.json), without_us (times with one idea left out).
 """
 
 from __future__ import annotations
@@ -139,8 +140,8 @@ def ragpulse(folder: Path, batch: int, count: int) -> dict[str, tuple[np.ndarray
     return trees
 
 
-def nodes_of(parent: np.ndarray, length: np.ndarray, page_size: int, seed: int) -> Nodes:
-    """The tree with pages strewn over the pool."""
+def nodes_of(parent: np.ndarray, length: np.ndarray, page_size: int, strewn: bool) -> Nodes:
+    """The tree, with pages from 1 on in its order, or strewn over the pool."""
     count = len(parent)
     end, start = np.arange(1, count + 1), np.zeros(count, np.int64)
     for i in range(count):
@@ -150,7 +151,9 @@ def nodes_of(parent: np.ndarray, length: np.ndarray, page_size: int, seed: int) 
         if parent[i] >= 0:
             end[parent[i]] = max(end[parent[i]], end[i])
     page_ptr = np.concatenate([[0], np.cumsum(-(-length // page_size))])
-    pages = 1 + np.random.default_rng(seed).permutation(page_ptr[-1])
+    pages = 1 + np.arange(page_ptr[-1])
+    if strewn:
+        pages = np.random.default_rng(0).permutation(pages)
     return Nodes(
         *(x.astype(np.int32) for x in (parent, end)),
         start,
@@ -235,12 +238,13 @@ class Case:
         page_size: int,
         machine: Machine,
         shared: bool = True,
+        strewn: bool = False,
     ):
         self.name, self.heads_name = name, heads
         parent, length = tree
         self.heads = _heads(heads)
         kv = self.heads.kv
-        self.nodes = nodes_of(parent, length, page_size, 0)
+        self.nodes = nodes_of(parent, length, page_size, strewn)
         leaves = np.setdiff1d(np.arange(len(parent)), parent)
         self.node = np.random.default_rng(0).permutation(leaves)
         self.position = (self.nodes.start + length)[self.node] - 1
@@ -260,7 +264,8 @@ class Case:
         self.roofline_us = max(moved / BANDWIDTH, flops / FLOPS) * 1e6
 
     def __call__(self) -> torch.Tensor:
-        return attention(self.q, self.k, self.v, self.plan_tensor, scale=DIM**-0.5)
+        tensors = self.q, self.k, self.v, self.plan_tensor
+        return attention(*tensors, scale=DIM**-0.5, merge=self.plan.merges)
 
     def dense(self, row: int) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V [KV heads, tokens, dim] of a row's path."""
@@ -389,6 +394,7 @@ def main() -> None:
     parser.add_argument("--irregular", type=int, default=0, help="add so many random trees")
     parser.add_argument("--ragpulse", type=Path, help="add batches of the trace in that folder")
     parser.add_argument("--page-size", type=int, default=64)
+    parser.add_argument("--strewn", action="store_true", help="pages at random")
     parser.add_argument("--repeat", type=int, default=25)
     parser.add_argument("--sdpa", action="store_true", help="time PyTorch's dense SDPA too")
     parser.add_argument("--without", nargs="+", default=[], choices=IDEAS, help="time that, too")
@@ -411,14 +417,15 @@ def main() -> None:
     result = conditions(arguments) | {"one_kernel_us": round(floor, 2), "rows": rows}
     for heads in arguments.heads or HEADS:
         for name, tree in trees.items():
-            case = Case(name, tree, heads, arguments.page_size, Machine.of(device, _heads(heads)))
+            given = name, tree, heads, arguments.page_size
+            case = Case(*given, Machine.of(device, _heads(heads)), strewn=arguments.strewn)
             row = measure(case, flush, min(floor, FLOOR_US), arguments.repeat, arguments.sdpa)
             if (name, heads) in peers:
                 row["best_us"] = peers[name, heads]
             del case
             for idea in arguments.without:
                 with left_out(idea, processors, _heads(heads)) as other:
-                    case = Case(name, tree, heads, arguments.page_size, other, idea != "packing")
+                    case = Case(*given, other, idea != "packing", arguments.strewn)
                     times = row.setdefault("without_us", {})
                     times[idea] = round(graph_us(case, flush, arguments.repeat), 2)
                     del case
@@ -447,7 +454,8 @@ def conditions(arguments: argparse.Namespace) -> dict[str, object]:
         "commit": commit.stdout.strip() or None,
         "command": " ".join(["python", *sys.argv]),
         "method": f"median of {arguments.repeat} CUDA-graph replays, 256 MB written before each; "
-        f"planning outside; fp16, dim {DIM}, page size {arguments.page_size}",
+        f"planning outside; fp16, dim {DIM}, page size {arguments.page_size}"
+        f"{', pages at random' * arguments.strewn}",
         "roofline": "max((distinct KV + Q + O bytes)/4.3e12, flops/790e12)",
     }
 

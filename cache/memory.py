@@ -31,6 +31,19 @@ class Memory:
         self._spans: dict[int, _Span] = {}
         self._parts: dict[int, list[torch.Tensor]] = {}  # where no driver maps memory
 
+    @staticmethod
+    def sample(
+        shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device
+    ) -> list[torch.Tensor]:
+        """A page as it lies in mapped memory, in PyTorch's own; see `resize`."""
+        page, begin, parts = torch.empty(aligned_page(shapes), dtype=dtype, device=device), 0, []
+        for shape in shapes:
+            size = math.prod(shape)
+            inner = page[begin : begin + size].view(shape)
+            parts.append(inner.as_strided((1, *shape), (len(page), *inner.stride())))
+            begin += size
+        return parts
+
     @property
     def mapped(self) -> int:
         """Bytes behind addresses of a GPU; PyTorch's own statistics don't count them."""

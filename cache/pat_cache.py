@@ -21,14 +21,15 @@ from transformers.utils import logging
 from pat_hf import adapters, rotary
 from pat_hf.cache import archive
 from pat_hf.cache.columns import Columns
+from pat_hf.cache.memory import Memory
 from pat_hf.cache.page_pool import SINK, HalfCopied, PagePool, PoolExhausted
 from pat_hf.cache.prefix_tree import Node, PrefixTree, Preorder
 from pat_hf.cache.report import Report, draw
 from pat_hf.cache.step import KVLength, Step
 from pat_hf.cache.store import Store
 from pat_hf.cache.workspace import lease
-from pat_hf.kernels.ops import backend
-from pat_hf.kernels.plan import Machine, Nodes, OtherBlocks, Plan, make_plan
+from pat_hf.kernels.ops import backend, prepare
+from pat_hf.kernels.plan import Heads, Machine, Nodes, OtherBlocks, Plan, make_plan
 from pat_hf.norms import fused, rms_norms
 from pat_hf.support import (
     checkpoints,
@@ -154,6 +155,10 @@ class PATCache(Cache):
         self._weights: dict[int, tuple[weakref.ref[nn.Parameter], int]] = {}
         self._begin_batch()
         self._count_from_zero()
+        if not windowed(self.config):
+            softcap = getattr(self.config, "attn_logit_softcapping", None)
+            heads = heads_of(self.config, self.dtype)
+            _prepare(heads, page_size, self.dtype, self.model.device, softcap)
 
     def _count_from_zero(self) -> None:
         self.prompted = 0  # prompt tokens given, padding left out
@@ -1238,6 +1243,15 @@ class PATCache(Cache):
             cache.store.keep_bytes = cache.store.pages(cache.prefixes) * cache.store.page_bytes
         cache.store.trim()
         return cache
+
+
+@functools.cache
+def _prepare(
+    heads: Heads, page_size: int, dtype: torch.dtype, device: torch.device, softcap: float | None
+) -> None:
+    """Has what such layers run compiled, once in a process, while prompts come in."""
+    shapes = [(heads.kv, page_size, dim) for dim in (heads.key_dim, heads.value_dim)]
+    prepare(*Memory.sample(shapes, dtype, device), heads.query, softcap)
 
 
 def token_ids(

@@ -26,6 +26,7 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    merge: bool = True,
 ) -> torch.Tensor:
     """See `pat_hf.kernels.ops.attention`; computes in float32, or in float64 if q is."""
     batch, query_heads, length, key_dim = q.shape
@@ -43,6 +44,8 @@ def attention(
             f"q has {batch} x {length} rows and the pool pages of {k_pages.shape[2]}. Make a plan "
             "for this batch and pool."
         )
+    if work.merges and not merge:
+        raise ValueError("The plan has rows to merge, and merge=False. Give merge=plan.merges.")
     queries = q.transpose(1, 2).to(dtype).reshape(rows, kv_heads, group, key_dim)
     # The rows' results in front, the partials behind them.
     out = queries.new_zeros(work.results, kv_heads, group, value_dim)
@@ -103,6 +106,7 @@ class _Work(NamedTuple):
     results: int  # rows and partials
     owner: torch.Tensor  # int64 [partials], their rows
     split: torch.Tensor  # int64, rows that have partials
+    merges: bool  # whether there are rows of those, or of no block
 
 
 @functools.lru_cache(maxsize=4)
@@ -131,6 +135,7 @@ def _work(
         rows + len(owner),
         torch.from_numpy(owner),
         torch.from_numpy(split),
+        len(tables.merge_rows) > 0,
     )
 
 

@@ -15,14 +15,13 @@ is wanted after the first product is loaded by the step itself.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from pat_hf.kernels import hopper
+from pat_hf.kernels import hopper, launch
 from pat_hf.kernels.constants import (
     BEGINS,
     CHUNK_COLUMNS,
@@ -49,6 +48,7 @@ from pat_hf.kernels.constants import (
     TOKENS,
     UNMASKED,
 )
+from pat_hf.kernels.launch import Launch
 from pat_hf.kernels.merge import merge_kernel
 from pat_hf.kernels.plan import COLUMNS, Heads, Machine, aligned, is_hopper, processors_of
 
@@ -429,8 +429,45 @@ def forward(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    merge: bool = True,
 ) -> torch.Tensor:
     """See `pat_hf.kernels.ops.attention`; on a GPU, or on the CPU under Triton's interpreter."""
+    shape = q.shape[0], q.shape[2], q.shape[1], v_pages.shape[3]
+    if 0 in shape:
+        return q.new_empty(shape)
+    call, launches = _planned(q, k_pages, v_pages, plan, scale, window, softcap, sinks, merge)
+    if q.is_cuda and (kind := _kind(call, launches, window, softcap)) not in _compiled:
+        launch.wait()
+        launch.build([*launches, *_merges(call)], q.device)
+        _compiled.add(kind)
+    for each in launches:
+        each()
+    return call.out
+
+
+def likely(
+    k_pages: torch.Tensor, v_pages: torch.Tensor, query_heads: int, softcap: float | None
+) -> list[Launch]:
+    """Launches as calls on such pages will have them, see `pat_hf.kernels.ops.prepare`."""
+    rows = 129  # of which there may be blocks of any shape
+    q = k_pages.new_empty(rows, query_heads, 1, k_pages.shape[-1])
+    plan = q.new_empty(1, 1, 2, 64, dtype=torch.int32)
+    call, launches = _planned(q, k_pages, v_pages, plan, 1.0, None, softcap, None, merge=False)
+    return [*launches, *_merges(call)]
+
+
+def _planned(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    plan: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    merge: bool,
+) -> tuple[_Call, list[Launch]]:
+    """A call of `forward`, and what is launched for it."""
     batch, query_heads, length, key_dim = q.shape
     kv_heads, page_size, value_dim = v_pages.shape[1:]
     width = plan.shape[-1]
@@ -447,8 +484,6 @@ def forward(
     out = q.new_empty(batch, length, query_heads, value_dim)
     partial = q.new_empty(width, query_heads, value_dim, dtype=torch.float32)
     lse = q.new_empty(width, query_heads, dtype=torch.float32)
-    if not out.numel():
-        return out
     pdl = q.is_cuda and major >= 9
     call = _Call(
         q, k_pages, v_pages, plan, out, partial, lse, sinks,
@@ -466,24 +501,9 @@ def forward(
     else:
         choice = tiles(heads, major)
         launches = _of_tiles(call, machine, choice, processors, constants, window, pdl)
-    launches.append(_of_merge(call, call.rows, processors, pdl))
-    if q.is_cuda:
-        pages = (*k_pages.shape[1:], *k_pages.stride(), *v_pages.shape[1:], *v_pages.stride())
-        used = (window is None, softcap is None, sinks is None, row_stride % 16)
-        # Which shapes are launched, and the merge's width.
-        sizes = tuple(
-            tuple(launch.options.get(name) for name in ("BM", "BH", "N")) for launch in launches
-        )
-        kind = (q.device, q.dtype, query_heads, *pages, *used, *sizes)
-        if kind not in _compiled:
-            # The last layer of a prefill, and decode steps, have fewer rows, and come next.
-            few = 1, max(MERGE_WARPS * processors // query_heads, 1)
-            fewer = [_of_merge(call, rows, processors, pdl) for rows in few]
-            _compile([*launches, *fewer], q.device)
-            _compiled.add(kind)
-    for kernel, grid, arguments, options in launches:
-        kernel[grid](*arguments, **options)
-    return out
+    if merge:
+        launches.append(_of_merge(call, call.rows, processors, pdl))
+    return call, launches
 
 
 class _Call(NamedTuple):
@@ -514,16 +534,7 @@ class _Call(NamedTuple):
         return self.plan, *outputs, self.sinks, self.qk_scale, self.softcap, self.width
 
 
-class _Launch(NamedTuple):
-    kernel: Any
-    grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-    options: dict[str, Any]  # constants, and Triton's own
-
-
-def _of_hopper(
-    call: _Call, machine: Machine, processors: int, constants: dict[str, Any]
-) -> _Launch:
+def _of_hopper(call: _Call, machine: Machine, processors: int, constants: dict[str, Any]) -> Launch:
     k_pages, v_pages = hopper.copyable(call.k_pages), hopper.copyable(call.v_pages)
     chunk = machine.chunk(constants["P"])
     sources = [hopper.descriptor(pages, chunk) for pages in (k_pages, v_pages)]
@@ -535,7 +546,7 @@ def _of_hopper(
     span = 1 + sum((n - 1) * step for n, step in zip(call.q.shape, call.q.stride(), strict=True))
     sizes = call.plan.numel(), min(span, 1 << 30)
     arguments = (call.q, *sources, *call.behind_pages, *sizes, *call.strides)
-    return _Launch(hopper.hopper_kernel, (processors,), arguments, options)
+    return Launch(hopper.hopper_kernel, (processors,), arguments, options)
 
 
 def _of_tiles(
@@ -546,7 +557,7 @@ def _of_tiles(
     constants: dict[str, Any],
     window: int | None,
     pdl: bool,
-) -> list[_Launch]:
+) -> list[Launch]:
     """A launch for each shape, the widest first."""
     constants = constants | dict(
         **{f"s{name}_{d}": x.stride(i) for name, x in (("k", call.k_pages), ("v", call.v_pages))
@@ -570,11 +581,11 @@ def _of_tiles(
             **({"launch_pdl": bool(launches)} if pdl else {}),
         )  # fmt: skip
         grid = (processors * tile.per_sm,)
-        launches.append(_Launch(forward_kernel, grid, arguments, options))
+        launches.append(Launch(forward_kernel, grid, arguments, options))
     return launches
 
 
-def _of_merge(call: _Call, rows: int, processors: int, pdl: bool) -> _Launch:
+def _of_merge(call: _Call, rows: int, processors: int, pdl: bool) -> Launch:
     query_heads, value_dim = call.out.shape[2:]
     value_block = triton.next_power_of_2(value_dim)
     # Few rows are spread over the machine by heads.
@@ -591,23 +602,25 @@ def _of_merge(call: _Call, rows: int, processors: int, pdl: bool) -> _Launch:
         num_warps=4 if many * value_block > 128 else 1, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
     arguments = call.plan, call.partial, call.lse, call.out, call.sinks
-    return _Launch(merge_kernel, (rows, triton.cdiv(query_heads, many)), arguments, options)
+    return Launch(merge_kernel, (rows, triton.cdiv(query_heads, many)), arguments, options)
 
 
 _compiled: set[tuple[object, ...]] = set()  # kinds of calls
 
 
-def _compile(launches: list[_Launch], device: torch.device) -> None:
-    """Has kernels compiled and loaded side by side."""
+def _kind(
+    call: _Call, launches: list[Launch], window: int | None, softcap: float | None
+) -> tuple[object, ...]:
+    """What the kernels of a call depend on."""
+    pages = [(*x.shape[1:], *x.stride()) for x in (call.k_pages, call.v_pages)]
+    used = (window is None, softcap is None, call.sinks is None, call.strides[0] % 16)
+    # Which shapes are launched, and the merge's width.
+    sizes = [tuple(each.options.get(name) for name in ("BM", "BH", "N")) for each in launches]
+    return (call.q.device, call.q.dtype, call.out.shape[2], *pages, *used, *sizes)
 
-    def load(kernel) -> None:
-        with torch.cuda.device(device):
-            (kernel.result() if isinstance(kernel, triton.FutureKernel) else kernel).run  # noqa: B018
 
-    with ThreadPoolExecutor(len(launches)) as pool:
-        with triton.AsyncCompileMode(pool):
-            kernels = [
-                kernel.warmup(*arguments, grid=grid, **options)
-                for kernel, grid, arguments, options in launches
-            ]
-        list(pool.map(load, kernels))
+def _merges(call: _Call) -> list[Launch]:
+    """Of many rows, of few and of one, as a prefill, its last layer and decode steps have them."""
+    processors, major = processors_of(call.q.device)
+    few = max(MERGE_WARPS * processors // call.out.shape[2], 1)
+    return [_of_merge(call, rows, processors, major >= 9) for rows in (1 << 16, few, 1)]

@@ -65,7 +65,9 @@ copy_rows = getattr(async_copy, "async_load", async_copy.async_copy_global_to_sh
 memory = gl.shared_memory_descriptor
 reinterpret = memory.reinterpret if hasattr(memory, "reinterpret") else memory._reinterpret
 
-STAGES = 4  # steps whose keys, and values, are held or under way; 2 or 4, see `_wait`
+# Steps whose keys, and values, are held or under way. A group holds the values of its last step
+# until it has those of its next, which may be two on.
+STAGES = 4
 ALONE = gl.constexpr(2)  # steps up to which a block of few rows is one group's
 # Registers of a thread: at the launch, and of the two groups that compute; the warps that copy have
 # 24 to 40. The merge's programs start in what is left of a multiprocessor's.
@@ -123,7 +125,7 @@ def _prefetch(p):
 def _wait(bars, n, flip: gl.constexpr = 0):
     """Waits for the n-th step at its stage's barrier; flipped, for the one before in that stage."""
     STAGES: gl.constexpr = bars.shape[0]
-    SHIFT: gl.constexpr = STAGES // 2  # of 2 or 4; to divide takes more instructions
+    SHIFT: gl.constexpr = STAGES // 2  # of 4; to divide takes more instructions
     mbarrier.wait(bars.index(n & (STAGES - 1)), (n >> SHIFT & 1) ^ flip)
 
 
@@ -409,9 +411,8 @@ def _clear_unread(v_tiles, stage, p_chunk, advance, CHUNK: gl.constexpr):
 
 
 @gluon.jit
-def _exchange(GROUP: gl.constexpr, f_max, f_sum, b_out, shared, split, exchange):
-    """Adds up what the groups have of a shared block, in the first; of others, they wait for each
-    other, for the barriers' phases."""
+def _exchange(GROUP: gl.constexpr, f_max, f_sum, b_out, split, exchange):
+    """Adds up what the groups have of a shared block, in the first."""
     o_tiles, other_rows, room, sent, taken = exchange
     BV: gl.constexpr = o_tiles.shape[2]
     OUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BV, 16])
@@ -419,24 +420,22 @@ def _exchange(GROUP: gl.constexpr, f_max, f_sum, b_out, shared, split, exchange)
     other_out = reinterpret(o_tiles, gl.float32, [64, BV], WORDS)
     if GROUP == 1:
         mbarrier.wait(room.index(0), split & 1)
-        if shared:
-            other_rows.index(0).store(f_max)
-            other_rows.index(1).store(f_sum)
-            other_out.store(b_out)
+        other_rows.index(0).store(f_max)
+        other_rows.index(1).store(f_sum)
+        other_out.store(b_out)
         barrier()
         mbarrier.arrive(sent.index(0), count=1)
         mbarrier.wait(taken.index(0), split & 1)
     else:
         mbarrier.wait(sent.index(0), split & 1)
-        if shared:
-            o_max, o_sum = other_rows.index(0).load(O_ROWS), other_rows.index(1).load(O_ROWS)
-            f_top = gl.maximum(f_max, o_max)
-            f_ref = gl.where(f_top == float("-inf"), 0.0, f_top)
-            f_old, o_old = gl.exp2(f_max - f_ref), gl.exp2(o_max - f_ref)
-            f_max = f_top
-            f_sum = f_sum * f_old + o_sum * o_old
-            b_out = b_out * f_old[:, None]
-            b_out += other_out.load(OUT) * o_old[:, None]
+        o_max, o_sum = other_rows.index(0).load(O_ROWS), other_rows.index(1).load(O_ROWS)
+        f_top = gl.maximum(f_max, o_max)
+        f_ref = gl.where(f_top == float("-inf"), 0.0, f_top)
+        f_old, o_old = gl.exp2(f_max - f_ref), gl.exp2(o_max - f_ref)
+        f_max = f_top
+        f_sum = f_sum * f_old + o_sum * o_old
+        b_out = b_out * f_old[:, None]
+        b_out += other_out.load(OUT) * o_old[:, None]
         barrier()
         mbarrier.arrive(taken.index(0), count=1)
     return f_max, f_sum, b_out
@@ -494,13 +493,12 @@ def _attend(
     # So many steps are this group's, and one of each pair.
     whole = wide * (steps - paired) + alone.to(gl.int32) * steps
     mine = whole + (steps - whole + 1 - GROUP) // 2
-    meets = (alone == 0) & (whole < steps)
     o_q = (first + o_m) // G
     i_n = (done & 1) * 2
     b_max = gl.full([64], float("-inf"), gl.float32, S_ROWS)
     b_sum = gl.full([64, 2], 0.0, gl.float32, SUMS)
     b_out = gl.full([64, BV], 0.0, gl.float32, OUT)
-    if meets:
+    if shared:
         # This group is through with all blocks before, and `o_tiles` with them.
         if GROUP == 0:
             barrier()
@@ -555,8 +553,8 @@ def _attend(
 
     f_max = gl.convert_layout(b_max, O_ROWS)
     f_sum = gl.convert_layout(gl.sum(b_sum, 1), O_ROWS)
-    if meets:
-        f_max, f_sum, b_out = _exchange(GROUP, f_max, f_sum, b_out, shared, split, exchange)
+    if shared:
+        f_max, f_sum, b_out = _exchange(GROUP, f_max, f_sum, b_out, split, exchange)
         split += 1
     return f_max, f_sum, b_out, split
 
@@ -658,7 +656,7 @@ def _compute(
     queues = gl.load(plan + QUEUES_SIZE) // QUEUE_COLUMNS - 1
     n = 0  # steps of this program so far
     done = 0  # blocks of this group
-    split = 0  # blocks of which the groups had different steps: phases of `room`, `sent`, `taken`
+    split = 0  # blocks that the groups shared: phases of `room`, `sent`, `taken`
     turn = 0  # blocks of one group alone
     for i_j in range(gl.program_id(0), queues * H, gl.num_programs(0)):
         i_h = i_j % H

@@ -20,6 +20,7 @@ def attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    merge: bool = True,
 ) -> torch.Tensor:
     """Attention of query rows to the tokens on their paths in a prefix tree, kept in pages.
 
@@ -33,12 +34,16 @@ def attention(
         window: a row sees the last `window` positions, its own included; `None`: all.
         softcap: scores become softcap * tanh(score / softcap); positive.
         sinks: [query heads], a score each that takes part in the softmax's sum only.
+        merge: whether there may be rows to merge. `False` spares a GPU the launch, and is for a
+            tensor that holds only plans without, see `Plan.merges`: on a GPU, that can't be looked
+            at either, and the rows of others would not be written.
 
     Returns:
         [B, T, query heads, value dim], contiguous, in q's dtype; zeros for rows that see nothing.
 
     Raises:
-        ValueError: if shapes or dtypes don't go together, or a number is not positive.
+        ValueError: if shapes or dtypes don't go together, or a number is not positive; on a CPU, if
+            `merge` is `False` and the plan has rows to merge.
 
     Example:
         >>> import numpy as np, torch
@@ -74,7 +79,28 @@ def attention(
         raise ValueError(
             f"softcap={softcap}, window={window}: each must be positive, or None for none."
         )
-    return _attention(q, k_pages, v_pages, plan_tensor, sinks, scale, window, softcap)
+    return _attention(q, k_pages, v_pages, plan_tensor, sinks, scale, window, softcap, merge)
+
+
+def prepare(
+    k_pages: torch.Tensor, v_pages: torch.Tensor, query_heads: int, softcap: float | None = None
+) -> None:
+    """Starts to compile, beside what the caller does, what `attention` and `store` run on such
+    pages where there are no windows and no sinks. Their first calls wait for it.
+
+    Args:
+        k_pages, v_pages: see `attention`; how many pages there are doesn't matter.
+        query_heads: of the q to come.
+        softcap: see `attention`.
+    """
+    if backend(k_pages.device) == "triton":
+        from pat_hf.kernels import forward, launch, store
+
+        attended = forward.likely(k_pages, v_pages, query_heads, softcap)
+        where = torch.empty(1, dtype=torch.int64, device=k_pages.device)
+        k, v = k_pages[:, :, :1], v_pages[:, :, :1]
+        stored = store.planned(k_pages, v_pages, k, v, where, where)
+        launch.begin([attended[0], stored, *attended[1:]], k_pages.device)
 
 
 def store(
@@ -118,8 +144,10 @@ def _attention(
     scale: float,
     window: int | None,
     softcap: float | None,
+    merge: bool,
 ) -> torch.Tensor:
     options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
+    options["merge"] = merge
     if backend(q.device) == "triton":
         from pat_hf.kernels import forward
 
@@ -139,6 +167,7 @@ def _(
     scale: float,
     window: int | None,
     softcap: float | None,
+    merge: bool,
 ) -> torch.Tensor:
     batch, heads, length, _ = q.shape
     return q.new_empty(batch, length, heads, v_pages.shape[-1])

@@ -249,6 +249,11 @@ class Plan:
         return int(self.tables.merge_ptr[-1])
 
     @property
+    def merges(self) -> bool:
+        """Whether there are rows whose output no block writes: of several partials, or none."""
+        return len(self.tables.merge_rows) > 0
+
+    @property
     def kv_tokens(self) -> int:
         """Tokens whose K and V each KV head reads, at the positions planned for; re-reads count."""
         chunks = self.tables.chunks

@@ -6,7 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from pat_hf.kernels import launch
 from pat_hf.kernels.forward import by_rows
+from pat_hf.kernels.launch import Launch
 
 
 # The slots of an odd number of tokens are not aligned, which is no reason to compile again.
@@ -65,13 +67,27 @@ def store(
     slots: torch.Tensor,
 ) -> None:
     """See `pat_hf.kernels.ops.store`; on a GPU, or on the CPU under Triton's interpreter."""
+    launch.wait()
+    planned(k_pages, v_pages, k, v, pages, slots)()
+
+
+def planned(
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+) -> Launch:
+    """What `store` launches."""
     (k, k_stride), (v, v_stride) = by_rows(k), by_rows(v)
     batch, heads, length, key_dim = k.shape
     value_dim = v.shape[-1]
     block_k, block_v = triton.next_power_of_2(key_dim), triton.next_power_of_2(value_dim)
     some = min(triton.next_power_of_2(heads), max(2048 // max(block_k, block_v), 1))
-    store_kernel[(batch * length, triton.cdiv(heads, some))](
-        k_pages, v_pages, k, v, pages, slots,
-        k_stride, k.stride(1), v_stride, v.stride(1), k_pages.stride(0), v_pages.stride(0),
-        P=k_pages.shape[2], H=heads, K=key_dim, V=value_dim, BH=some, BK=block_k, BV=block_v,
-    )  # fmt: skip
+    strides = k_stride, k.stride(1), v_stride, v.stride(1), k_pages.stride(0), v_pages.stride(0)
+    constants = dict(
+        P=k_pages.shape[2], H=heads, K=key_dim, V=value_dim, BH=some, BK=block_k, BV=block_v
+    )
+    grid = batch * length, triton.cdiv(heads, some)
+    return Launch(store_kernel, grid, (k_pages, v_pages, k, v, pages, slots, *strides), constants)

@@ -219,7 +219,7 @@ def test_opcheck():
     plan = make_plan(*case[:5], MACHINES[0]).tensor("cpu")
     for sinks in (None, torch.ones(6)):
         torch.library.opcheck(
-            torch.ops.pat_hf.attention.default, (*pools(case), plan, sinks, 0.3, 20, None)
+            torch.ops.pat_hf.attention.default, (*pools(case), plan, sinks, 0.3, 20, None, True)
         )
 
 
@@ -256,6 +256,19 @@ def test_compiled_it_is_stored_where_it_is_read():
     assert all(map(torch.equal, held, pages))
     assert f"empty_strided_cpu(({len(held[0])}," not in code  # no copy of the pages
     assert "pat_hf.store" not in code
+
+
+def test_a_plan_with_nothing_to_merge_needs_no_merge():
+    case = Case(
+        nodes_of([0], [200]), np.zeros(1, int), np.full(1, 199), Heads(4, 2, 8, 8, 4), 16, 1
+    )
+    q, *pages = pools(case)
+    whole, cut = (make_plan(*case[:5], Machine((Shape(16, 0, 8, n, 1, 16),))) for n in (999, 16))
+    assert cut.merges and not whole.merges
+    out = ops.attention(q, *pages, whole.tensor("cpu"), scale=0.3, merge=whole.merges)
+    torch.testing.assert_close(out, ops.attention(q, *pages, cut.tensor("cpu"), scale=0.3))
+    with pytest.raises(ValueError, match="has rows to merge, and merge=False"):
+        ops.attention(q, *pages, cut.tensor("cpu"), scale=0.3, merge=False)
 
 
 def test_backend_of_the_cpu_is_torch():

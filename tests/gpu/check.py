@@ -20,13 +20,15 @@ from unittest import mock
 
 import numpy as np
 import torch
+import triton
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gluon  # noqa: E402
 from trees import Case, nodes_of, pools  # noqa: E402
 
-from pat_hf.kernels import forward, hopper, naive  # noqa: E402
+from pat_hf.cache.memory import Memory  # noqa: E402
+from pat_hf.kernels import forward, hopper, launch, naive, ops  # noqa: E402
 from pat_hf.kernels.plan import Heads, Machine, Plan, make_plan  # noqa: E402
 from pat_hf.kernels.store import store  # noqa: E402
 
@@ -89,6 +91,9 @@ SMALL = [
     Check(342, heads=(1, 1), page_size=128, nodes=1, rows=2, longest=128),
     # Wide blocks whose second half begins within a query token's heads, and goes on behind them.
     Check(334, heads=(12, 1), nodes=3, rows=12, longest=200, processors=1),
+    # Nothing to merge: a merge that is launched for nothing, and none.
+    Check(407, nodes=3, rows=1),
+    Check(408, nodes=3, rows=1),
 ]
 LARGE = [
     *(Check(10 + d, dims=(d, d)) for d in (64, 80, 96, 128, 192, 256)),
@@ -121,7 +126,7 @@ LARGE = [
 
 
 def draw(check: Check) -> Case:
-    """A random tree of depth up to 8 with ragged nodes, rows anywhere, one of them unseeing.
+    """A random tree of depth up to 8 with ragged nodes, rows anywhere, one of several unseeing.
 
     The positions are those of the plan.
     """
@@ -136,7 +141,8 @@ def draw(check: Check) -> Case:
     lengths = generator.integers(1, generator.choice([20, check.longest], check.nodes) + 1)
     nodes = nodes_of(depths, lengths.tolist(), check.page_size)
     node = generator.choice(np.flatnonzero(nodes.length > check.advance), check.rows)
-    node[-1] = -1
+    if check.rows > 1:
+        node[-1] = -1
     node = np.repeat(node, check.length)
     ahead = np.where(node < 0, 1, nodes.length[node] - check.advance)
     inside = generator.integers(0, 1 << 20, len(node)) % ahead
@@ -149,7 +155,8 @@ def run(check: Check, device: torch.device, repeat: int, major: int) -> tuple[fl
     case = draw(check)
     machine = Machine.gpu(check.processors, case.heads, major)
     window = check.window if check.seed % 2 else None
-    plan = make_plan(*case[:5], machine, window=window).tensor(device)
+    made = make_plan(*case[:5], machine, window=window)
+    plan = made.tensor(device)
     Plan.positions(plan).add_(check.advance)
     case = case._replace(position=case.position + check.advance)
     q, k, v = pools(case, check.dtype, seed=check.seed)
@@ -166,6 +173,7 @@ def run(check: Check, device: torch.device, repeat: int, major: int) -> tuple[fl
     if check.sinks:
         sinks[-1] = -torch.inf  # which is none
     options = {"scale": check.dims[0] ** -0.5, "window": check.window, "softcap": check.softcap}
+    merge = made.merges or check.seed % 2 == 1
     k_pool, v_pool = k.to(device), v.to(device)
     # With a stride, as views have it.
     moved = None if sinks is None else sinks.to(device).repeat_interleave(2)[::2]
@@ -174,7 +182,7 @@ def run(check: Check, device: torch.device, repeat: int, major: int) -> tuple[fl
     if aside:
         q_given = torch.cat([q_given[..., :1], q_given], 3)[..., 1:]
     outs = [
-        forward.forward(q_given, k_pool, v_pool, plan, sinks=moved, **options).cpu()
+        forward.forward(q_given, k_pool, v_pool, plan, sinks=moved, merge=merge, **options).cpu()
         for _ in range(repeat)
     ]
     if not all(torch.equal(outs[0], out) for out in outs[1:]):
@@ -212,6 +220,26 @@ def stored_exactly(heads: int, dims: tuple[int, int], length: int, device: torch
         torch.equal(pool.nan_to_num(9.0), exact.nan_to_num(9.0))
         for pool, exact in zip(pools, expected, strict=True)
     )
+
+
+def compiled_ahead(device: torch.device) -> bool:
+    """Whether calls compile nothing on pages like those that `ops.prepare` was given."""
+    case = draw(Check(0))
+    q, *pools_ = pools(case, torch.float16)
+    pages = Memory().resize(0, len(pools_[0]), [x.shape[1:] for x in pools_], q.dtype, device)
+    for page, pool in zip(pages, pools_, strict=True):
+        page.copy_(pool)
+    ops.prepare(*Memory.sample([x.shape[1:] for x in pools_], q.dtype, device), q.shape[1])
+    launch.wait()
+    plan = make_plan(*case[:5], Machine.of(device, case.heads)).tensor(device)
+    where = torch.zeros(len(q), dtype=torch.int64, device=device)
+    k, v = (torch.zeros(len(q), *x.shape[1:2], 1, x.shape[3]).to(x) for x in pages)
+    compiled = []
+    hook = lambda **given: compiled.append(given["fn"].name)  # noqa: E731
+    with mock.patch.object(triton.knobs.runtime, "jit_post_compile_hook", hook):
+        ops.store(*pages, k, v, where, where)
+        ops.attention(q.to(device), *pages, plan, scale=1.0)
+    return not compiled
 
 
 def _spread(case, q, k, v, sinks, options, dtype) -> float:
@@ -273,6 +301,9 @@ def main() -> None:
         if not stored_exactly(*sizes, device):
             failed += 1
             print(f"FAILED: store of heads, dims, tokens {sizes}")
+    if not (interpreted or shard or compiled_ahead(device)):
+        failed += 1
+        print("FAILED: calls compile what `prepare` had not")
     print(f"{len(checks) - failed} of {len(checks)} checks passed")
     sys.exit(failed > 0)
 
