@@ -436,10 +436,9 @@ def forward(
     if 0 in shape:
         return q.new_empty(shape)
     call, launches = _planned(q, k_pages, v_pages, plan, scale, window, softcap, sinks, merge)
-    if q.is_cuda and (kind := _kind(call, launches, window, softcap)) not in _compiled:
-        launch.wait()
-        launch.build([*launches, *_merges(call)], q.device)
-        _compiled.add(kind)
+    if q.is_cuda:
+        kind = _kind(call, launches, window, softcap)
+        launch.ready(kind, lambda: [*launches, *_merges(call)], q.device)
     for each in launches:
         each()
     return call.out
@@ -603,9 +602,6 @@ def _of_merge(call: _Call, rows: int, processors: int, pdl: bool) -> Launch:
     )  # fmt: skip
     arguments = call.plan, call.partial, call.lse, call.out, call.sinks
     return Launch(merge_kernel, (rows, triton.cdiv(query_heads, many)), arguments, options)
-
-
-_compiled: set[tuple[object, ...]] = set()  # kinds of calls
 
 
 def _kind(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -23,23 +23,34 @@ class Launch(NamedTuple):
         self.kernel[self.grid](*self.arguments, **self.options)
 
 
+_built: set[Hashable] = set()
 _behind = ThreadPoolExecutor(1, "pat_hf")
 _begun: list[Future[None]] = []
 
 
 def begin(launches: Sequence[Launch], device: torch.device) -> None:
-    """Starts to `build` them in a thread of its own."""
-    _begun.append(_behind.submit(build, launches, device))
+    """Starts to compile kernels in a thread of its own, the longest first."""
+    _begun.append(_behind.submit(_build, launches, device))
 
 
-def wait() -> None:
-    """Waits for what has begun. Whoever compiles meanwhile holds both up: Python's lock is one."""
+def ready(kind: Hashable, launches: Callable[[], Sequence[Launch]], device: torch.device) -> None:
+    """Has kernels compiled and loaded, if it is the first time that they are asked for.
+
+    Args:
+        kind: what they depend on.
+        launches: gives them.
+    """
+    if kind in _built:
+        return
+    # They may be among these; and two that compile at once hold each other up by Python's lock.
     for future in _begun:
-        future.exception()  # which whoever launches it will meet again
+        future.exception()  # which this will meet again, if it is the same kernel's
+    _build(launches(), device)
+    _built.add(kind)
 
 
-def build(launches: Sequence[Launch], device: torch.device) -> None:
-    """Has kernels compiled and loaded, unless they are. The first should take the longest."""
+def _build(launches: Sequence[Launch], device: torch.device) -> None:
+    """Has kernels compiled and loaded side by side, the longest first."""
 
     def load(kernel) -> None:
         with torch.cuda.device(device):

@@ -67,8 +67,11 @@ def store(
     slots: torch.Tensor,
 ) -> None:
     """See `pat_hf.kernels.ops.store`; on a GPU, or on the CPU under Triton's interpreter."""
-    launch.wait()
-    planned(k_pages, v_pages, k, v, pages, slots)()
+    stored = planned(k_pages, v_pages, k, v, pages, slots)
+    if k.is_cuda:
+        kind = k.device, k.dtype, *k_pages.shape[1:], v_pages.shape[3]
+        launch.ready(kind, lambda: [stored], k.device)
+    stored()
 
 
 def planned(

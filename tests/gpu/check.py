@@ -230,7 +230,7 @@ def compiled_ahead(device: torch.device) -> bool:
     for page, pool in zip(pages, pools_, strict=True):
         page.copy_(pool)
     ops.prepare(*Memory.sample([x.shape[1:] for x in pools_], q.dtype, device), q.shape[1])
-    launch.wait()
+    launch.ready("nothing", list, device)
     plan = make_plan(*case[:5], Machine.of(device, case.heads)).tensor(device)
     where = torch.zeros(len(q), dtype=torch.int64, device=device)
     k, v = (torch.zeros(len(q), *x.shape[1:2], 1, x.shape[3]).to(x) for x in pages)
