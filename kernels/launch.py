@@ -67,5 +67,5 @@ def _build(launches: Sequence[Launch], device: torch.device) -> None:
                 kernel.warmup(*arguments, grid=grid, **options)
                 for kernel, grid, arguments, options in launches
             ]
-            loaded = pool.map(load, kernels)
+            loaded = pool.map(load, kernels[::-1])  # by who is not kept waiting by the longest
         list(loaded)

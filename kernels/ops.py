@@ -259,3 +259,8 @@ def _check(
     if any(x.device != q.device for x in given):
         devices = sorted({str(x.device) for x in given})
         raise ValueError(f"The arguments are on {', '.join(devices)}; move them to one.")
+
+
+if torch.version.cuda and _has_triton():
+    # The first call would have to wait for it.
+    import pat_hf.kernels.store  # noqa: F401

@@ -286,7 +286,7 @@ def main() -> None:
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th check, from the i-th")
     arguments = parser.parse_args()
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    device = torch.device("cpu" if interpreted else "cuda")
+    device = torch.device("cpu") if interpreted else torch.device("cuda", 0)
     shard, shards = map(int, arguments.shard.split("/"))
     failed, checks = 0, (SMALL if arguments.small else SMALL + LARGE)[shard::shards]
     majors = (8, 9) if interpreted else (torch.cuda.get_device_capability()[0],)
