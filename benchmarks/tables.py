@@ -44,9 +44,11 @@ def section(name: str) -> str:
     results = json.loads((RESULTS / f"{name}.json").read_text())
     tables = {
         "kernels-h200": kernels,
+        "kernels-strewn-h200": strewn,
         "kernels-ideas-h200": ideas,
         "kernels-irregular-h200": shares,
         "long-h200": long,
+        "first-h200": first,
     }
     table = tables.get(name, generate)(results)
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
@@ -95,6 +97,16 @@ def long(results: dict) -> str:
     )
 
 
+def first(results: dict) -> str:
+    """How much longer the first call of a process takes, with no kernel compiled before."""
+    (row,) = results["rows"]
+    return (
+        f"The first call on one {results['machine']} with no kernel on disk, {row['workload']} "
+        f"({row['mode']}): {row['first_call_ttft_s']:.1f} s to the first token; later ones: "
+        f"{row['ttft_s']:.2f} s."
+    )
+
+
 def kernels(results: dict) -> str:
     """Rows of benchmarks/kernels.py by the size of their distinct K and V."""
     lines = [
@@ -116,6 +128,15 @@ def kernels(results: dict) -> str:
         "PyTorch's SDPA, measured apart with pages of 32 tokens (`benchmarks/peers-h200.json`). "
         f"The largest error is {worst:.0%} of twice that of PyTorch's SDPA in fp16.\n\n"
         + "\n".join(lines)
+    )
+
+
+def strewn(results: dict) -> str:
+    """The 80 cases with other pages."""
+    speed = [row["best_us"] / row["us"] for row in results["rows"]]
+    return (
+        f"With pages at random, all over the pool: {mean(speed):.2f}x the best peer, ahead in "
+        f"{sum(x >= 1 for x in speed)} of {len(speed)}."
     )
 
 
