@@ -23,7 +23,7 @@ def test_what_is_compiled_ahead_is_all_that_calls_need(tmp_path):
     ahead, calls, launched = (
         done.stdout.split("\n")[:3] if not done.returncode else [done.stderr] * 3
     )
-    assert ahead == "hopper_kernel merge_kernel merge_kernel merge_kernel store_kernel"
+    assert ahead == "hopper_kernel merge_kernel store_kernel"
     assert calls == ""
     assert launched == "store_kernel hopper_kernel merge_kernel " * 2
 
@@ -64,7 +64,7 @@ def main() -> None:
     shapes = [(8, 32, 128)] * 2
     ops.prepare(*Memory.sample(shapes, torch.float16, torch.device("cpu")), 32)
     launch.ready("nothing", list, torch.device("cpu"))
-    print(*sorted(compiled))
+    print(*sorted(set(compiled)))
     compiled.clear()
     whole = torch.randn(5, 2, 8, 32, 128).half()  # pages of K and V side by side
     pages = whole.unbind(1)
