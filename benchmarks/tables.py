@@ -98,7 +98,7 @@ def long(results: dict) -> str:
 
 
 def first(results: dict) -> str:
-    """How much longer the first call of a process takes, with no kernel compiled before."""
+    """Times to the first token of the first call and of later ones."""
     (row,) = results["rows"]
     return (
         f"The first call on one {results['machine']} with no kernel on disk, {row['workload']} "

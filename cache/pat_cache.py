@@ -28,7 +28,7 @@ from pat_hf.cache.report import Report, draw
 from pat_hf.cache.step import KVLength, Step
 from pat_hf.cache.store import Store
 from pat_hf.cache.workspace import lease
-from pat_hf.kernels.ops import backend, prepare
+from pat_hf.kernels.ops import backend, compile_ahead
 from pat_hf.kernels.plan import Heads, Machine, Nodes, OtherBlocks, Plan, make_plan
 from pat_hf.norms import fused, rms_norms
 from pat_hf.support import (
@@ -155,10 +155,12 @@ class PATCache(Cache):
         self._weights: dict[int, tuple[weakref.ref[nn.Parameter], int]] = {}
         self._begin_batch()
         self._count_from_zero()
-        if not windowed(self.config):
+        # Others' kernels are compiled when they are called for.
+        if not windowed(self.config) and not getattr(self.config, "kv_lora_rank", None):
+            device = self.model.device
+            dtype = self._layers_dtype(device)
             softcap = getattr(self.config, "attn_logit_softcapping", None)
-            heads = heads_of(self.config, self.dtype)
-            _prepare(heads, page_size, self.dtype, self.model.device, softcap)
+            _compile_ahead(heads_of(self.config, dtype), page_size, dtype, device, softcap)
 
     def _count_from_zero(self) -> None:
         self.prompted = 0  # prompt tokens given, padding left out
@@ -1246,12 +1248,12 @@ class PATCache(Cache):
 
 
 @functools.cache
-def _prepare(
+def _compile_ahead(
     heads: Heads, page_size: int, dtype: torch.dtype, device: torch.device, softcap: float | None
 ) -> None:
     """Has what such layers run compiled, once in a process, while prompts come in."""
     shapes = [(heads.kv, page_size, dim) for dim in (heads.key_dim, heads.value_dim)]
-    prepare(*Memory.sample(shapes, dtype, device), heads.query, softcap)
+    compile_ahead(*Memory.sample(shapes, dtype, device), heads.query, softcap)
 
 
 def token_ids(

@@ -447,7 +447,7 @@ def forward(
 def likely(
     k_pages: torch.Tensor, v_pages: torch.Tensor, query_heads: int, softcap: float | None
 ) -> list[Launch]:
-    """Launches as calls on such pages will have them, see `pat_hf.kernels.ops.prepare`."""
+    """Launches as calls on such pages will have them, see `pat_hf.kernels.ops.compile_ahead`."""
     rows = 129  # of which there may be blocks of any shape
     q = k_pages.new_empty(rows, query_heads, 1, k_pages.shape[-1])
     plan = q.new_empty(1, 1, 2, 64, dtype=torch.int32)

@@ -125,8 +125,8 @@ def _prefetch(p):
 def _wait(bars, n, flip: gl.constexpr = 0):
     """Waits for the n-th step at its stage's barrier; flipped, for the one before in that stage."""
     STAGES: gl.constexpr = bars.shape[0]
-    SHIFT: gl.constexpr = STAGES // 2  # of 4; to divide takes more instructions
-    mbarrier.wait(bars.index(n & (STAGES - 1)), (n >> SHIFT & 1) ^ flip)
+    gl.static_assert(STAGES == 4)
+    mbarrier.wait(bars.index(n & 3), (n >> 2 & 1) ^ flip)
 
 
 @gluon.jit

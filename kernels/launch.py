@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -39,10 +40,14 @@ def ready(kind: Hashable, launches: Callable[[], Sequence[Launch]], device: torc
     Args:
         kind: what they depend on.
         launches: gives them.
+
+    Raises:
+        Exception: what Triton does of a kernel that it can't compile or load.
     """
     if kind in _built:
         return
-    # They may be among these; and two that compile at once hold each other up by Python's lock.
+    # They may be among all that has begun; and who compiles beside it holds both up, by Python's
+    # lock.
     for future in _begun:
         future.exception()  # which this will meet again, if it is the same kernel's
     _build(launches(), device)
@@ -51,6 +56,11 @@ def ready(kind: Hashable, launches: Callable[[], Sequence[Launch]], device: torc
 
 def _build(launches: Sequence[Launch], device: torch.device) -> None:
     """Has kernels compiled and loaded side by side, the longest first."""
+    # Of its own: Triton 3.6 leaves its mode on behind a kernel that fails.
+    contextvars.copy_context().run(_compile, launches, device)
+
+
+def _compile(launches: Sequence[Launch], device: torch.device) -> None:
 
     def load(kernel) -> None:
         with torch.cuda.device(device):
@@ -67,5 +77,6 @@ def _build(launches: Sequence[Launch], device: torch.device) -> None:
                 kernel.warmup(*arguments, grid=grid, **options)
                 for kernel, grid, arguments, options in launches
             ]
-            loaded = pool.map(load, kernels[::-1])  # by who is not kept waiting by the longest
+            # The longest last: who doesn't compile it has loaded the others by then.
+            loaded = pool.map(load, kernels[::-1])
         list(loaded)

@@ -3,6 +3,7 @@ torch.compile, and `pat_hf::store`, in whose place it has plain PyTorch."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import torch
@@ -82,7 +83,7 @@ def attention(
     return _attention(q, k_pages, v_pages, plan_tensor, sinks, scale, window, softcap, merge)
 
 
-def prepare(
+def compile_ahead(
     k_pages: torch.Tensor, v_pages: torch.Tensor, query_heads: int, softcap: float | None = None
 ) -> None:
     """Starts to compile, beside what the caller does, what `attention` and `store` run on such
@@ -146,8 +147,7 @@ def _attention(
     softcap: float | None,
     merge: bool,
 ) -> torch.Tensor:
-    options = {"scale": scale, "window": window, "softcap": softcap, "sinks": sinks}
-    options["merge"] = merge
+    options = dict(scale=scale, window=window, softcap=softcap, sinks=sinks, merge=merge)
     if backend(q.device) == "triton":
         from pat_hf.kernels import forward
 
@@ -262,5 +262,6 @@ def _check(
 
 
 if torch.version.cuda and _has_triton():
-    # The first call would have to wait for it.
-    import pat_hf.kernels.store  # noqa: F401
+    # Else the first call would wait for it, and is to say what is missing.
+    with contextlib.suppress(ImportError):
+        import pat_hf.kernels.store  # noqa: F401

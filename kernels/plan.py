@@ -815,7 +815,9 @@ def _spread(
 
     The first wait for the memory; the others, that more blocks read, are in the L2 and wait for
     the matrix units. A step for one half of the rows is put before one for the other half, for
-    both to be computed at once; one that is in no such pair comes first, if there is one.
+    both to be computed at once; one that is in no such pair comes first, if there is one. Pairs are
+    whole, so none of the groups that compute them passes by two steps in a row: `hopper.py` relies
+    on that.
 
     Args:
         begin, end: [T] rows that chunks are for, counted from their block's first.

@@ -245,6 +245,7 @@ class Program:
             sum=lambda x, axis: x.sum(axis),
             convert_layout=lambda x, layout: x,
             static_range=range,
+            static_assert=nothing,
             allocate_shared_memory=allocate,
             warp_specialize=_side_by_side,
             inline_asm_elementwise=nothing,

@@ -269,6 +269,8 @@ def test_a_plan_with_nothing_to_merge_needs_no_merge():
     torch.testing.assert_close(out, ops.attention(q, *pages, cut.tensor("cpu"), scale=0.3))
     with pytest.raises(ValueError, match="has rows to merge, and merge=False"):
         ops.attention(q, *pages, cut.tensor("cpu"), scale=0.3, merge=False)
+    unseeing = make_plan(*case._replace(node=np.full(1, -1))[:5], Machine.cpu())
+    assert unseeing.merges and not unseeing.partials
 
 
 def test_backend_of_the_cpu_is_torch():

@@ -2,48 +2,92 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+
+import pat_hf
+from pat_hf.cache import pat_cache
+from pat_hf.cache.memory import Memory
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from models import pair  # noqa: E402
 
 pytest.importorskip("triton")
 
 
-def test_what_is_compiled_ahead_is_all_that_calls_need(tmp_path):
+def test_what_is_compiled_ahead_is_all_that_a_prefill_and_steps_need(tmp_path):
     # In a process of its own: what is compiled here can't run, and Triton would keep it.
     environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     done = subprocess.run(
         [sys.executable, __file__], env=environment, capture_output=True, text=True
     )
-    ahead, calls, launched = (
-        done.stdout.split("\n")[:3] if not done.returncode else [done.stderr] * 3
-    )
+    assert not done.returncode, done.stderr
+    ahead, loaded, calls, launched, asked = done.stdout.split("\n")[:5]
     assert ahead == "hopper_kernel merge_kernel store_kernel"
+    assert loaded == "hopper_kernel merge_kernel merge_kernel merge_kernel store_kernel"
     assert calls == ""
-    assert launched == "store_kernel hopper_kernel merge_kernel " * 2
+    assert launched == "store_kernel hopper_kernel merge_kernel " * 3 + "hopper_kernel "
+    assert asked == "once"
+
+
+@pytest.mark.parametrize("name", ["Mistral", "DeepSeek-V3"])
+def test_kernels_of_windows_and_latents_are_not_compiled_ahead(name, ahead):
+    pat_hf.PATCache(pair(name)[1])
+    assert not ahead
+
+
+def test_a_cache_has_kernels_compiled_ahead_once(ahead):
+    model = copy.deepcopy(pair("Llama")[1]).to(torch.bfloat16)
+    for _ in range(2):
+        pat_hf.PATCache(model, page_size=64)
+    ((keys, values, query_heads, softcap),) = ahead
+    heads, dim = model.config.num_key_value_heads, model.config.head_dim
+    assert keys.shape == values.shape == (1, heads, 64, dim)
+    assert keys.stride(0) == values.stride(0) == 2 * heads * 64 * dim
+    assert keys.dtype == values.dtype == torch.bfloat16
+    assert (query_heads, softcap) == (model.config.num_attention_heads, None)
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """What is compiled ahead."""
+    given = []
+    monkeypatch.setattr(pat_cache, "compile_ahead", lambda *args: given.append(args))
+    pat_cache._compile_ahead.cache_clear()
+    yield given
+    pat_cache._compile_ahead.cache_clear()
 
 
 def main() -> None:
-    import torch
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from pat_hf.cache.memory import Memory
     from pat_hf.kernels import forward, launch, ops
     from pat_hf.kernels.store import store
 
+    compiled: list[str] = []
+    loaded: list[str] = []
     launched: list[str] = []
+
+    def load(name, *args):
+        loaded.append(name)
+        return None, None, 0, 0, 1024
 
     def launcher(source, metadata):
         return lambda *args: launched.append(source.fn.__name__)
 
     utils = SimpleNamespace(
-        load_binary=lambda *args: (None, None, 0, 0, 1024),
+        load_binary=load,
         get_device_properties=lambda device: {"max_shared_mem": 232448},
     )
     driver = SimpleNamespace(
@@ -58,17 +102,17 @@ def main() -> None:
     forward.processors_of = lambda device: (132, 9)
     ops.backend = lambda device: "triton"
     torch.Tensor.is_cuda = True
-    compiled: list[str] = []
     triton.knobs.runtime.jit_post_compile_hook = lambda **given: compiled.append(given["fn"].name)
 
     shapes = [(8, 32, 128)] * 2
-    ops.prepare(*Memory.sample(shapes, torch.float16, torch.device("cpu")), 32)
+    ops.compile_ahead(*Memory.sample(shapes, torch.float16, torch.device("cpu")), 32)
     launch.ready("nothing", list, torch.device("cpu"))
     print(*sorted(set(compiled)))
+    print(*sorted(loaded))
     compiled.clear()
     whole = torch.randn(5, 2, 8, 32, 128).half()  # pages of K and V side by side
     pages = whole.unbind(1)
-    for rows, batch in ((9000, 1), (32, 32)):  # of a prefill, and of a decode step
+    for rows, batch in ((9000, 1), (32, 32), (1, 1)):  # of a prefill, and of decode steps
         q, k, v = (
             torch.randn(batch, rows // batch, heads, 128).half().transpose(1, 2)
             for heads in (32, 8, 8)
@@ -77,8 +121,13 @@ def main() -> None:
         plan = torch.zeros(1, 1, 5, -(-rows // 64) * 64, dtype=torch.int32)
         store(*pages, k, v, where, where)
         forward.forward(q, *pages, plan, scale=1.0)
+    forward.forward(q, *pages, plan, scale=1.0, merge=False)
     print(*compiled)
     print(*launched, "")
+    times = []
+    for _ in range(2):
+        launch.ready("again", lambda: times.append("once") or [], q.device)
+    print(*times)
 
 
 if __name__ == "__main__":

@@ -223,13 +223,13 @@ def stored_exactly(heads: int, dims: tuple[int, int], length: int, device: torch
 
 
 def compiled_ahead(device: torch.device) -> bool:
-    """Whether calls compile nothing on pages like those that `ops.prepare` was given."""
+    """Whether calls compile nothing on pages like those that `ops.compile_ahead` was given."""
     case = draw(Check(0))
     q, *pools_ = pools(case, torch.float16)
     pages = Memory().resize(0, len(pools_[0]), [x.shape[1:] for x in pools_], q.dtype, device)
     for page, pool in zip(pages, pools_, strict=True):
         page.copy_(pool)
-    ops.prepare(*Memory.sample([x.shape[1:] for x in pools_], q.dtype, device), q.shape[1])
+    ops.compile_ahead(*Memory.sample([x.shape[1:] for x in pools_], q.dtype, device), q.shape[1])
     launch.ready("nothing", list, device)
     plan = make_plan(*case[:5], Machine.of(device, case.heads)).tensor(device)
     where = torch.zeros(len(q), dtype=torch.int64, device=device)
@@ -303,7 +303,7 @@ def main() -> None:
             print(f"FAILED: store of heads, dims, tokens {sizes}")
     if not (interpreted or shard or compiled_ahead(device)):
         failed += 1
-        print("FAILED: calls compile what `prepare` had not")
+        print("FAILED: calls compile what `compile_ahead` had not")
     print(f"{len(checks) - failed} of {len(checks)} checks passed")
     sys.exit(failed > 0)
 
