@@ -155,9 +155,10 @@ class PATCache(Cache):
         self._weights: dict[int, tuple[weakref.ref[nn.Parameter], int]] = {}
         self._begin_batch()
         self._count_from_zero()
-        # Others' kernels are compiled when they are called for.
-        if not windowed(self.config) and not getattr(self.config, "kv_lora_rank", None):
-            device = self.model.device
+        device = self.model.device
+        # Kernels for windows, and for latent attention, are compiled when they are called for.
+        apart = windowed(self.config) or getattr(self.config, "kv_lora_rank", None)
+        if device.type == "cuda" and not apart:
             dtype = self._layers_dtype(device)
             softcap = getattr(self.config, "attn_logit_softcapping", None)
             _compile_ahead(heads_of(self.config, dtype), page_size, dtype, device, softcap)

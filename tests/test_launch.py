@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import pat_hf
 from pat_hf.cache import pat_cache
@@ -60,8 +61,11 @@ def test_a_cache_has_kernels_compiled_ahead_once(ahead):
 
 @pytest.fixture
 def ahead(monkeypatch):
-    """What is compiled ahead."""
-    given = []
+    """What is compiled ahead, for models that are taken to be on a GPU."""
+    given, sample = [], Memory.sample
+    monkeypatch.setattr(PreTrainedModel, "device", torch.device("cuda", 0))
+    on_cpu = staticmethod(lambda shapes, dtype, _: sample(shapes, dtype, torch.device("cpu")))
+    monkeypatch.setattr(Memory, "sample", on_cpu)
     monkeypatch.setattr(pat_cache, "compile_ahead", lambda *args: given.append(args))
     pat_cache._compile_ahead.cache_clear()
     yield given
