@@ -145,6 +145,7 @@ class PATCache(Cache):
         self._broken = False  # a change was broken off
         self._stored_in: torch.dtype | None = None  # by layers, where plans had guessed another
         self._tuned: list[weakref.ref[nn.Module]] = []  # layers with adapters
+        self._adapters: dict[str, weakref.ref[nn.Parameter]] = {}  # a weight of each so far
         self.rotaries = rotary.scaled(self.model)  # their frequencies follow the batch's length
         self.own_loop = True  # forwards, if there are any, are not those of Transformers' loops
         self.anew = False  # prompts that come whole are about to be numbered from their beginning
@@ -503,6 +504,12 @@ class PATCache(Cache):
         if self._tuned and not found:
             self._restart("the model's adapters are gone, into its weights perhaps")
         self._tuned = [weakref.ref(layer) for layer in found]
+        samples = adapters.samples(found)
+        for name, known in self._adapters.items():
+            if name in samples and known() is not samples[name]:
+                self._restart(f"adapter {name!r} is another one than before")
+                break
+        self._adapters = self._adapters | {name: weakref.ref(x) for name, x in samples.items()}
 
     @property
     def tuned(self) -> list[nn.Module]:

@@ -33,6 +33,25 @@ def weights(model: nn.Module) -> set[str]:
     return {name for x in layers(model) for name in (*x.adapter_layer_names, *x.other_param_names)}
 
 
+def samples(tuned: Sequence[nn.Module]) -> dict[str, nn.Parameter]:
+    """One weight of each adapter, by its name: the same for as long as the adapter is.
+
+    Args:
+        tuned: from `layers`.
+    """
+    found: dict[str, nn.Parameter] = {}
+    for layer in tuned:
+        for kind in layer.adapter_layer_names:
+            parts = getattr(getattr(layer, kind, None), "items", list)
+            for name, part in parts():
+                weights = part.parameters() if isinstance(part, nn.Module) else [part]
+                # What is offloaded is made anew for each forward.
+                kept = (x for x in weights if isinstance(x, nn.Parameter) and not x.is_meta)
+                if name not in found and (weight := next(kept, None)) is not None:
+                    found[name] = weight
+    return found
+
+
 def families(tuned: Sequence[nn.Module], batch: int) -> list[Hashable]:
     """What tells rows apart whose equal tokens have different K and V; `None`: no adapter.
 

@@ -306,6 +306,24 @@ def test_an_adapter_that_is_added_or_removed_changes_nothing_stored(models):
     assert same(models, cache, PROMPTS) == 0
 
 
+def test_another_adapter_of_the_same_name(models):
+    cache = pat_hf.PATCache(models[1], keep_bytes=1 << 30)
+    before = generate(models[0], PROMPTS)
+    same(models, cache, PROMPTS)
+    for model in models:
+        config = model.peft_config["first"]
+        model.delete_adapter("first")
+        model.add_adapter("first", config)
+        model.set_adapter("first")
+        torch.manual_seed(2)
+        for name, weight in model.named_parameters():
+            if "first" in name:
+                torch.nn.init.normal_(weight, std=0.3)
+    assert same(models, cache, PROMPTS) == 52
+    assert not torch.equal(before, generate(models[0], PROMPTS))
+    assert same(models, cache, PROMPTS) == 0
+
+
 def test_dropout_of_an_adapter_alone():
     models = [
         get_peft_model(
