@@ -35,14 +35,11 @@ class Memory:
     def sample(
         shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, device: torch.device
     ) -> list[torch.Tensor]:
-        """A page as it lies in mapped memory, in PyTorch's own; see `resize`."""
-        page, begin, parts = torch.empty(aligned_page(shapes), dtype=dtype, device=device), 0, []
-        for shape in shapes:
-            size = math.prod(shape)
-            inner = page[begin : begin + size].view(shape)
-            parts.append(inner.as_strided((1, *shape), (len(page), *inner.stride())))
-            begin += size
-        return parts
+        """Two pages as they lie in mapped memory, in PyTorch's own; see `resize`."""
+        sizes = [math.prod(shape) for shape in shapes]
+        pages = torch.empty((2, aligned_page(shapes)), dtype=dtype, device=device)
+        parts = pages[:, : sum(sizes)].split(sizes, 1)
+        return [part.unflatten(1, shape) for part, shape in zip(parts, shapes, strict=True)]
 
     @property
     def mapped(self) -> int:

@@ -35,6 +35,7 @@ from pat_hf.support import (
     checkpoints,
     drops_out,
     heads_of,
+    latent,
     modules,
     supported_config,
     unwrapped,
@@ -158,8 +159,7 @@ class PATCache(Cache):
         self._count_from_zero()
         device = self.model.device
         # Kernels for windows, and for latent attention, are compiled when they are called for.
-        apart = windowed(self.config) or getattr(self.config, "kv_lora_rank", None)
-        if device.type == "cuda" and not apart:
+        if device.type == "cuda" and not (windowed(self.config) or latent(self.config)):
             dtype = self._layers_dtype(device)
             softcap = getattr(self.config, "attn_logit_softcapping", None)
             _compile_ahead(heads_of(self.config, dtype), page_size, dtype, device, softcap)

@@ -21,7 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pat_hf.kernels import hopper, launch
+from pat_hf.kernels import hopper
 from pat_hf.kernels.constants import (
     BEGINS,
     CHUNK_COLUMNS,
@@ -48,13 +48,12 @@ from pat_hf.kernels.constants import (
     TOKENS,
     UNMASKED,
 )
-from pat_hf.kernels.launch import Launch
+from pat_hf.kernels.launch import Launch, run
 from pat_hf.kernels.merge import merge_kernel
 from pat_hf.kernels.plan import COLUMNS, Heads, Machine, aligned, is_hopper, processors_of
 
-MERGE_WARPS = (
-    8  # of a multiprocessor that the merge of few rows is to keep busy, a head of one each
-)
+# Of a multiprocessor, that the merge of few rows is to keep busy: a head of a row each.
+MERGE_WARPS = 8
 
 
 class Tile(NamedTuple):
@@ -436,11 +435,7 @@ def forward(
     if 0 in shape:
         return q.new_empty(shape)
     call, launches = _planned(q, k_pages, v_pages, plan, scale, window, softcap, sinks, merge)
-    if q.is_cuda:
-        kind = _kind(call, launches, window, softcap)
-        launch.ready(kind, lambda: [*launches, *_merges(call)], q.device)
-    for each in launches:
-        each()
+    run(launches, lambda: _merges(call))
     return call.out
 
 
@@ -602,17 +597,6 @@ def _of_merge(call: _Call, rows: int, processors: int, pdl: bool) -> Launch:
     )  # fmt: skip
     arguments = call.plan, call.partial, call.lse, call.out, call.sinks
     return Launch(merge_kernel, (rows, triton.cdiv(query_heads, many)), arguments, options)
-
-
-def _kind(
-    call: _Call, launches: list[Launch], window: int | None, softcap: float | None
-) -> tuple[object, ...]:
-    """What the kernels of a call depend on."""
-    pages = [(*x.shape[1:], *x.stride()) for x in (call.k_pages, call.v_pages)]
-    used = (window is None, softcap is None, call.sinks is None, call.strides[0] % 16)
-    # Which shapes are launched, and the merge's width.
-    sizes = [tuple(each.options.get(name) for name in ("BM", "BH", "N")) for each in launches]
-    return (call.q.device, call.q.dtype, call.out.shape[2], *pages, *used, *sizes)
 
 
 def _merges(call: _Call) -> list[Launch]:

@@ -13,15 +13,21 @@ from triton.runtime.cache import triton_key
 
 
 class Launch(NamedTuple):
-    """A kernel with its grid, arguments, and options: constants, and Triton's own."""
+    """A kernel with its grid, arguments, and options: constants, and Triton's own.
+
+    The first argument is a tensor on the device that it runs on.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     options: dict[str, Any]
 
-    def __call__(self) -> None:
-        self.kernel[self.grid](*self.arguments, **self.options)
+    @property
+    def kind(self) -> Hashable:
+        """What the kernel is compiled for; more, if numbers or addresses are not aligned."""
+        first = self.arguments[0]
+        return self.kernel.__name__, first.device, first.dtype, *self.options.items()
 
 
 _built: set[Hashable] = set()
@@ -29,39 +35,46 @@ _behind = ThreadPoolExecutor(1, "pat_hf")
 _begun: list[Future[None]] = []
 
 
-def begin(launches: Sequence[Launch], device: torch.device) -> None:
+def begin(launches: Sequence[Launch]) -> None:
     """Starts to compile kernels in a thread of its own, the longest first."""
-    _begun.append(_behind.submit(_build, launches, device))
+    _begun.append(_behind.submit(_build, launches))
 
 
-def ready(kind: Hashable, launches: Callable[[], Sequence[Launch]], device: torch.device) -> None:
-    """Has kernels compiled and loaded, if it is the first time that they are asked for.
+def wait() -> None:
+    """Waits for all that has begun."""
+    for future in _begun:
+        future.exception()  # which whoever launches that kernel is going to meet
+
+
+def run(launches: Sequence[Launch], more: Callable[[], Sequence[Launch]] = list) -> None:
+    """Launches kernels, one after another.
 
     Args:
-        kind: what they depend on.
-        launches: gives them.
+        launches: one at least.
+        more: others that are going to be wanted: where these are the first of their kind, they are
+            all compiled together.
 
     Raises:
         Exception: what Triton does of a kernel that it can't compile or load.
     """
-    if kind in _built:
-        return
-    # They may be among all that has begun; and who compiles beside it holds both up, by Python's
-    # lock.
-    for future in _begun:
-        future.exception()  # which this will meet again, if it is the same kernel's
-    _build(launches(), device)
-    _built.add(kind)
+    if launches[0].arguments[0].is_cuda:
+        kind = tuple(each.kind for each in launches)
+        if kind not in _built:
+            # It may have begun; and who compiles beside it holds both up, by Python's lock.
+            wait()
+            _build([*launches, *more()])
+            _built.add(kind)
+    for kernel, grid, arguments, options in launches:
+        kernel[grid](*arguments, **options)
 
 
-def _build(launches: Sequence[Launch], device: torch.device) -> None:
+def _build(launches: Sequence[Launch]) -> None:
     """Has kernels compiled and loaded side by side, the longest first."""
-    # Of its own: Triton 3.6 leaves its mode on behind a kernel that fails.
-    contextvars.copy_context().run(_compile, launches, device)
+    # In a context of its own: Triton 3.6 leaves its mode on behind a kernel that fails.
+    contextvars.copy_context().run(_compile, launches, launches[0].arguments[0].device)
 
 
 def _compile(launches: Sequence[Launch], device: torch.device) -> None:
-
     def load(kernel) -> None:
         with torch.cuda.device(device):
             (kernel.result() if isinstance(kernel, triton.FutureKernel) else kernel).run  # noqa: B018

@@ -3,7 +3,6 @@ torch.compile, and `pat_hf::store`, in whose place it has plain PyTorch."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 
 import torch
@@ -100,8 +99,7 @@ def compile_ahead(
         attended = forward.likely(k_pages, v_pages, query_heads, softcap)
         where = torch.empty(1, dtype=torch.int64, device=k_pages.device)
         k, v = k_pages[:, :, :1], v_pages[:, :, :1]
-        stored = store.planned(k_pages, v_pages, k, v, where, where)
-        launch.begin([attended[0], stored, *attended[1:]], k_pages.device)
+        launch.begin([*attended, store.store(k_pages, v_pages, k, v, where, where)])
 
 
 def store(
@@ -183,10 +181,10 @@ def _store(
     slots: torch.Tensor,
 ) -> None:
     if backend(k.device) == "triton":
-        from pat_hf.kernels import store
+        from pat_hf.kernels import launch, store
 
         with torch.cuda.device_of(k):  # Triton launches on the current device
-            store.store(k_pages, v_pages, k, v, pages, slots)
+            launch.run([store.store(k_pages, v_pages, k, v, pages, slots)])
     else:
         _put(k_pages, k, pages, slots)
         _put(v_pages, v, pages, slots)
@@ -259,9 +257,3 @@ def _check(
     if any(x.device != q.device for x in given):
         devices = sorted({str(x.device) for x in given})
         raise ValueError(f"The arguments are on {', '.join(devices)}; move them to one.")
-
-
-if torch.version.cuda and _has_triton():
-    # Else the first call would wait for it, and is to say what is missing.
-    with contextlib.suppress(ImportError):
-        import pat_hf.kernels.store  # noqa: F401

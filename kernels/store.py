@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from pat_hf.kernels import launch
 from pat_hf.kernels.forward import by_rows
 from pat_hf.kernels.launch import Launch
 
@@ -65,24 +64,8 @@ def store(
     v: torch.Tensor,
     pages: torch.Tensor,
     slots: torch.Tensor,
-) -> None:
-    """See `pat_hf.kernels.ops.store`; on a GPU, or on the CPU under Triton's interpreter."""
-    stored = planned(k_pages, v_pages, k, v, pages, slots)
-    if k.is_cuda:
-        kind = k.device, k.dtype, *k_pages.shape[1:], v_pages.shape[3]
-        launch.ready(kind, lambda: [stored], k.device)
-    stored()
-
-
-def planned(
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    pages: torch.Tensor,
-    slots: torch.Tensor,
 ) -> Launch:
-    """What `store` launches."""
+    """The launch of `pat_hf.kernels.ops.store`, on a GPU, or under Triton's interpreter."""
     (k, k_stride), (v, v_stride) = by_rows(k), by_rows(v)
     batch, heads, length, key_dim = k.shape
     value_dim = v.shape[-1]

@@ -21,7 +21,7 @@ from pat_hf.cache.workspace import Workspace
 from pat_hf.layers import Pages, capturing, compiled_layers
 from pat_hf.norms import fused
 from pat_hf.projections import Product, joined, lay_together
-from pat_hf.support import has_hooks, modules
+from pat_hf.support import has_hooks, latent, modules
 
 logger = logging.get_logger(__name__)
 
@@ -272,7 +272,7 @@ def _obstacle(model: PreTrainedModel) -> str | None:
         return "its layers are on several devices"
     if torch.is_autocast_enabled("cuda"):
         return "autocast is on"
-    if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None):
+    if latent(model.config.get_text_config(decoder=True)):
         return "all pages, as many as there are, are expanded in each step (latent attention)"
     for module in modules(model):
         reason = None

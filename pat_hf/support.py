@@ -170,6 +170,11 @@ def windowed(config: PretrainedConfig) -> bool:
     return "sliding_attention" in kinds if kinds else window is not None
 
 
+def latent(config: PretrainedConfig) -> bool:
+    """Whether layers store latents that K and V are expanded from."""
+    return bool(getattr(config, "kv_lora_rank", None))
+
+
 def heads_of(config: PretrainedConfig, dtype: torch.dtype) -> Heads:
     """The heads of its layers, with K and V in `dtype`."""
     query = config.num_attention_heads

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import (
     AdaptionPromptConfig,
     IA3Config,
@@ -321,6 +322,14 @@ def test_another_adapter_of_the_same_name(models):
                 torch.nn.init.normal_(weight, std=0.3)
     assert same(models, cache, PROMPTS) == 52
     assert not torch.equal(before, generate(models[0], PROMPTS))
+    assert same(models, cache, PROMPTS) == 0
+
+
+def test_offloaded_adapters_are_the_same_in_each_call(models):
+    for model in models:
+        cpu_offload(model.get_base_model(), execution_device=torch.device("cpu"))
+    cache = pat_hf.PATCache(models[1], keep_bytes=1 << 30)
+    assert same(models, cache, PROMPTS) == 52
     assert same(models, cache, PROMPTS) == 0
 
 

@@ -215,7 +215,7 @@ def stored_exactly(heads: int, dims: tuple[int, int], length: int, device: torch
     for pool, x in zip(expected, given, strict=True):
         pool[pages, :, slots] = x.transpose(1, 2).flatten(0, 1).to(device)
     k, v = given[0].to(device), given[1].transpose(1, 2).contiguous().to(device).transpose(1, 2)
-    store(*pools, k, v, pages, slots)
+    launch.run([store(*pools, k, v, pages, slots)])
     return all(
         torch.equal(pool.nan_to_num(9.0), exact.nan_to_num(9.0))
         for pool, exact in zip(pools, expected, strict=True)
@@ -230,7 +230,7 @@ def compiled_ahead(device: torch.device) -> bool:
     for page, pool in zip(pages, pools_, strict=True):
         page.copy_(pool)
     ops.compile_ahead(*Memory.sample([x.shape[1:] for x in pools_], q.dtype, device), q.shape[1])
-    launch.ready("nothing", list, device)
+    launch.wait()
     plan = make_plan(*case[:5], Machine.of(device, case.heads)).tensor(device)
     where = torch.zeros(len(q), dtype=torch.int64, device=device)
     k, v = (torch.zeros(len(q), *x.shape[1:2], 1, x.shape[3]).to(x) for x in pages)
