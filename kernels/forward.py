@@ -530,8 +530,11 @@ class _Call(NamedTuple):
 
 def _of_hopper(call: _Call, machine: Machine, processors: int, constants: dict[str, Any]) -> Launch:
     k_pages, v_pages = hopper.copyable(call.k_pages), hopper.copyable(call.v_pages)
-    chunk = machine.chunk(constants["P"])
-    sources = [hopper.descriptor(pages, chunk) for pages in (k_pages, v_pages)]
+    sources = [
+        hopper.descriptor(pages, tokens)
+        for tokens in (machine.chunk(constants["P"]), hopper.PIECE)
+        for pages in (k_pages, v_pages)
+    ]
     options = constants | dict(
         **hopper.pitches(k_pages, v_pages),
         BN=machine.shapes[-1].tokens, STAGES=hopper.STAGES, num_warps=4,

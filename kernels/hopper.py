@@ -2,7 +2,7 @@
 
 What `forward.py` does, for layers without windows, in one kernel for all shapes: a program fills a
 multiprocessor, and its warps have parts. Two of them copy chunks of keys and of values, by TMA, as
-soon as there is room, two more the queries of the blocks to come. Two groups of four compute: each
+soon as there is room, of short ones what is seen; two more the queries of the blocks to come. Two groups of four compute: each
 has half of a block's rows, and of its steps all that are for them; or every other step of a block
 of up to 64 rows, whose results are added up in shared memory; short ones of these they take in
 turn. While a group's matrix products with the values run, its weights for the next step are
@@ -69,6 +69,8 @@ reinterpret = memory.reinterpret if hasattr(memory, "reinterpret") else memory._
 # until it has those of its next, which may be two on.
 STAGES = 4
 ALONE = gl.constexpr(2)  # steps up to which a block of few rows is one group's
+PIECE = 8  # tokens, in which chunks are copied that are not seen whole: rows of a swizzled tile
+AHEAD = gl.constexpr(8)  # steps by which a loader has the plan fetched
 # Registers of a thread: at the launch, and of the two groups that compute; the warps that copy have
 # 24 to 40. The merge's programs start in what is left of a multiprocessor's.
 REGISTERS = 152, 208
@@ -94,13 +96,14 @@ def copyable(pages: torch.Tensor) -> torch.Tensor:
     return pages.clone(memory_format=torch.contiguous_format)
 
 
-def descriptor(pages: torch.Tensor, chunk: int) -> TensorDescriptor:
-    """What the copy engine takes for pages [pages, KV heads, page size, dim], see `copyable`.
+def descriptor(pages: torch.Tensor, tokens: int) -> TensorDescriptor:
+    """What the copy engine takes for pages [pages, KV heads, page size, dim], see `copyable`, to
+    copy so many tokens at once.
 
     Rows that are not there yet count, too: a pool may grow behind a captured graph.
     """
     dim = pages.shape[-1]
-    return TensorDescriptor(pages, [(1 << 31) - 1, dim], [dim, 1], [chunk, 64], TILE)
+    return TensorDescriptor(pages, [(1 << 31) - 1, dim], [dim, 1], [tokens, 64], TILE)
 
 
 def pitches(k_pages: torch.Tensor, v_pages: torch.Tensor) -> dict[str, int]:
@@ -130,17 +133,44 @@ def _wait(bars, n, flip: gl.constexpr = 0):
 
 
 @gluon.jit
-def _places(p_chunks, i_c, CHUNKS: gl.constexpr):
-    """Where the chunks of a step lie, from chunk i_c on; and the step's flags."""
+def _places(p_chunks, i_c, advance, CHUNKS: gl.constexpr):
+    """Where each chunk of a step lies, from chunk i_c on, and how many of its tokens any row sees;
+    and the step's flags."""
     places = ()
     for c in gl.static_range(CHUNKS):
-        places = places + (gl.load(p_chunks + (i_c + c) * CHUNK_COLUMNS),)
+        p_c = p_chunks + (i_c + c) * CHUNK_COLUMNS
+        seen = gl.minimum(gl.load(p_c + FURTHEST) + advance, gl.load(p_c + TOKENS))
+        places = places + (gl.load(p_c), seen)
     return places + (gl.load(p_chunks + i_c * CHUNK_COLUMNS + FLAGS),)
+
+
+@gluon.jit
+def _copy_chunk(desc, pieces, row, seen, bar, to):
+    """Starts to copy the first tokens of a chunk, `seen` of them at least, from a row on."""
+    CHUNK: gl.constexpr = desc.block_type.shape[0]
+    PIECE: gl.constexpr = pieces.block_type.shape[0]
+    BYTES: gl.constexpr = to.shape[1] * 2
+    PARTS: gl.constexpr = to.shape[1] // 64
+    if seen > CHUNK - PIECE:
+        mbarrier.expect(bar, CHUNK * BYTES)
+        for part in gl.static_range(PARTS):
+            async_load(desc, [row, part * 64], bar, to.slice(part * 64, 64, dim=1))
+    else:
+        count = (gl.maximum(seen, 0) + PIECE - 1) // PIECE
+        for i in gl.static_range(CHUNK // PIECE):
+            mbarrier.expect(bar, i * PIECE * BYTES, pred=count == i)
+        for i in gl.static_range(CHUNK // PIECE - 1):
+            if i < count:
+                piece = to.slice(i * PIECE, PIECE)
+                for part in gl.static_range(PARTS):
+                    where = [row + i * PIECE, part * 64]
+                    async_load(pieces, where, bar, piece.slice(part * 64, 64, dim=1))
 
 
 @gluon.jit
 def _load_kv(
     desc,
+    pieces,
     pipe,
     asked,
     plan,
@@ -151,15 +181,18 @@ def _load_kv(
     HEAD: gl.constexpr,
     QUEUES: gl.constexpr,
 ):
-    """Copies keys, or values, of the program's queues into a pipe: tiles, full, empty barriers."""
+    """Copies keys, or values, of the program's queues into a pipe: tiles, full, empty barriers.
+
+    What no row sees is left as it was.
+    """
     tiles, full, empty = pipe
     CHUNK: gl.constexpr = desc.block_type.shape[0]
     CHUNKS: gl.constexpr = tiles.shape[1] // CHUNK
     STAGES: gl.constexpr = tiles.shape[0]
-    BYTES: gl.constexpr = tiles.shape[1] * tiles.shape[2] * 2
     p_queues = plan + 2 * W + QUEUES
     p_chunks = plan + gl.load(plan + CHUNKS_AT)
     queues = gl.load(plan + QUEUES_SIZE) // QUEUE_COLUMNS - 1
+    advance = gl.load(plan + W) - gl.load(plan + ORIGIN)
     n = 0
     before, last = 0, 0  # flags of the steps n - 2 and n - 1
     for i_j in range(gl.program_id(0), queues * H, gl.num_programs(0)):
@@ -167,14 +200,16 @@ def _load_kv(
         p_queue = p_queues + i_j // H * QUEUE_COLUMNS
         begin = gl.load(p_queue + QUEUE_CHUNK)
         end = gl.load(p_queue + QUEUE_COLUMNS + QUEUE_CHUNK)
-        next_places = _places(p_chunks, begin, CHUNKS)
+        next_places = _places(p_chunks, begin, advance, CHUNKS)
         for i_c in range(begin, end, CHUNKS):
             # To read places takes about as long as to compute a step: the next ones are read while
             # this step waits for room; the last step reads its own again.
             places, next_places = (
                 next_places,
-                _places(p_chunks, gl.minimum(i_c + CHUNKS, end - CHUNKS), CHUNKS),
+                _places(p_chunks, gl.minimum(i_c + CHUNKS, end - CHUNKS), advance, CHUNKS),
             )
+            # What is read of K and V drives the plan out of the L2.
+            _prefetch(p_chunks + gl.minimum(i_c + AHEAD * CHUNKS, end - 1) * CHUNK_COLUMNS)
             if n == 1:
                 # Behind several steps' keys and values, the queries would be late for the first.
                 mbarrier.wait(asked.index(0), 0)
@@ -182,16 +217,14 @@ def _load_kv(
                 # One group passes by that step, but by no two in a row: it sees n or n + 1 before
                 # it asks for n + 2. By parity, that would seem to have come while n - 2 has not.
                 _wait(full, n - 2)
-            before, last = last, places[CHUNKS]
+            before, last = last, places[2 * CHUNKS]
             stage = n & (STAGES - 1)
-            bar = full.index(stage)
             _wait(empty, n, 1)
-            mbarrier.expect(bar, BYTES)
             for c in gl.static_range(CHUNKS):
-                row = places[c] // P * PAGE + i_h * HEAD + places[c] % P
+                place, seen = places[2 * c], places[2 * c + 1]
+                row = place // P * PAGE + i_h * HEAD + place % P
                 to = tiles.index(stage).slice(c * CHUNK, CHUNK)
-                for part in gl.static_range(tiles.shape[2] // 64):
-                    async_load(desc, [row, part * 64], bar, to.slice(part * 64, 64, dim=1))
+                _copy_chunk(desc, pieces, row, seen, full.index(stage), to)
             n += 1
 
 
@@ -707,6 +740,8 @@ def hopper_kernel(
     q,
     k_desc,
     v_desc,
+    k_pieces,
+    v_pieces,
     plan,
     out,
     partial,
@@ -739,6 +774,7 @@ def hopper_kernel(
 
     Args:
         k_desc, v_desc: of K and V as [any, K or V], in boxes of a chunk's rows and 64 columns.
+        k_pieces, v_pieces: the same in boxes of fewer rows.
         SIZE: elements of the plan.
         SPAN: elements from q's first to its last.
         KP, KH, VP, VH: rows of these from a page, or a head, to the next.
@@ -787,9 +823,9 @@ def hopper_kernel(
     l_turn = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     r_turn = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_full.index(i), count=BN // CHUNK)
         mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=BN // CHUNK)
         mbarrier.init(v_empty.index(i), count=2)
     mbarrier.init(asked.index(0), count=1)
     mbarrier.init(l_full.index(0), count=1)
@@ -823,8 +859,8 @@ def hopper_kernel(
                     H, G, V, CHUNK, QUEUES, USE_SOFTCAP, USE_SINKS,
                 ),
             ),
-            (_load_kv, (k_desc, keys, asked, plan, W, H, P, KP, KH, QUEUES)),
-            (_load_kv, (v_desc, values, asked, plan, W, H, P, VP, VH, QUEUES)),
+            (_load_kv, (k_desc, k_pieces, keys, asked, plan, W, H, P, KP, KH, QUEUES)),
+            (_load_kv, (v_desc, v_pieces, values, asked, plan, W, H, P, VP, VH, QUEUES)),
             (_load_q, (0, q, plan, W, sq_r, sq_h, left, asked, H, G, K, BN // CHUNK, QUEUES)),
             (_load_q, (1, q, plan, W, sq_r, sq_h, right, asked, H, G, K, BN // CHUNK, QUEUES)),
         ],

@@ -263,7 +263,7 @@ class Program:
                 init=lambda bar, count: bar.init(count),
                 wait=lambda bar, parity: bar.wait(parity),
                 arrive=lambda bar, count: bar.come(count, 0),
-                expect=lambda bar, bytes: bar.come(1, bytes),
+                expect=lambda bar, bytes, pred=True: bar.come(1, bytes) if pred else None,
             ),
             "warpgroup_mma": _multiply,
             "warpgroup_mma_wait": lambda left, deps: deps if len(deps) > 1 else deps[0],

@@ -85,7 +85,8 @@ def test_hoppers_kernel_fits_registers_and_shared_memory(dims, features, chunk):
     constants |= {"USE_SOFTCAP": features, "USE_SINKS": features}
     kinds = {"plan": "*i32", "partial": "*fp32", "lse": "*fp32", "qk_scale": "fp32"}
     kinds |= {"softcap": "fp32", **{name: "*fp16" for name in ("q", "out", "sinks")}}
-    kinds |= {name: f"tensordesc<fp16[{chunk}, 64],{layout!r}>" for name in ("k_desc", "v_desc")}
+    for rows, source in ((chunk, "desc"), (hopper.PIECE, "pieces")):
+        kinds |= {f"{x}_{source}": f"tensordesc<fp16[{rows}, 64],{layout!r}>" for x in "kv"}
     kernel = hopper.hopper_kernel
     signature = {
         name: "constexpr" if name in constants else kinds.get(name, "i32")
