@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from pat_hf import adapters, rotary
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+PAGE_SIZE = 32  # tokens in a page, if nothing else is said
 _MODES = ("auto", "eager", "captured", "compiled")
 _AHEAD = 512  # new tokens of a request that pages are reserved for; longer answers add to them
 # Arguments of a forward beside which ids and positions tell K and V.
@@ -123,7 +124,7 @@ class PATCache(Cache):
         model: PreTrainedModel,
         keep_bytes: int | None = None,
         *,
-        page_size: int = 32,
+        page_size: int = PAGE_SIZE,
         max_tokens: int | None = None,
         prefill_tokens: int = 8192,
         decode: str = "auto",
@@ -158,11 +159,8 @@ class PATCache(Cache):
         self._begin_batch()
         self._count_from_zero()
         device = self.model.device
-        # Kernels for windows, and for latent attention, are compiled when they are called for.
-        if device.type == "cuda" and not (windowed(self.config) or latent(self.config)):
-            dtype = self._layers_dtype(device)
-            softcap = getattr(self.config, "attn_logit_softcapping", None)
-            _compile_ahead(heads_of(self.config, dtype), page_size, dtype, device, softcap)
+        if device.type == "cuda":
+            compile_for(self.config, self._layers_dtype(device), device, page_size)
 
     def _count_from_zero(self) -> None:
         self.prompted = 0  # prompt tokens given, padding left out
@@ -1255,11 +1253,28 @@ class PATCache(Cache):
         return cache
 
 
+def compile_for(
+    config: PretrainedConfig, dtype: torch.dtype, device: torch.device, page_size: int = PAGE_SIZE
+) -> None:
+    """Has what a model's layers run compiled, once in a process, beside what the caller does.
+
+    Kernels for windows, and for latent attention, are compiled when they are called for.
+
+    Args:
+        config: of the text decoder.
+        dtype: of its keys and values.
+        device: theirs; "meta", while that isn't known, for GPUs like the current one.
+        page_size: of the cache.
+    """
+    if not (windowed(config) or latent(config)):
+        softcap = getattr(config, "attn_logit_softcapping", None)
+        _compile_ahead(heads_of(config, dtype), page_size, dtype, device, softcap)
+
+
 @functools.cache
 def _compile_ahead(
     heads: Heads, page_size: int, dtype: torch.dtype, device: torch.device, softcap: float | None
 ) -> None:
-    """Has what such layers run compiled, once in a process, while prompts come in."""
     shapes = [(heads.kv, page_size, dim) for dim in (heads.key_dim, heads.value_dim)]
     compile_ahead(*Memory.sample(shapes, dtype, device), heads.query, softcap)
 

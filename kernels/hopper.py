@@ -2,11 +2,11 @@
 
 What `forward.py` does, for layers without windows, in one kernel for all shapes: a program fills a
 multiprocessor, and its warps have parts. Two of them copy chunks of keys and of values, by TMA, as
-soon as there is room, of short ones what is seen; two more the queries of the blocks to come. Two groups of four compute: each
-has half of a block's rows, and of its steps all that are for them; or every other step of a block
-of up to 64 rows, whose results are added up in shared memory; short ones of these they take in
-turn. While a group's matrix products with the values run, its weights for the next step are
-computed.
+soon as there is room, and of what is seen in part that part; two more the queries of the blocks to
+come. Two groups of four compute: each has half of a block's rows, and of its steps all that are for
+them; or every other step of a block of up to 64 rows, whose results are added up in shared memory;
+short ones of these they take in turn. While a group's matrix products with the values run, its
+weights for the next step are computed.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from triton.runtime.cache import triton_key
 class Launch(NamedTuple):
     """A kernel with its grid, arguments, and options: constants, and Triton's own.
 
-    The first argument is a tensor on the device that it runs on.
+    The first argument is a tensor on the device that it runs on; on "meta", it can't run.
     """
 
     kernel: Any
@@ -35,9 +35,9 @@ _behind = ThreadPoolExecutor(1, "pat_hf")
 _begun: list[Future[None]] = []
 
 
-def begin(launches: Sequence[Launch]) -> None:
+def begin(launches: Callable[[], Sequence[Launch]]) -> None:
     """Starts to compile kernels in a thread of its own, the longest first."""
-    _begun.append(_behind.submit(_build, launches))
+    _begun.append(_behind.submit(lambda: _build(launches())))
 
 
 def wait() -> None:
@@ -69,18 +69,23 @@ def run(launches: Sequence[Launch], more: Callable[[], Sequence[Launch]] = list)
 
 
 def _build(launches: Sequence[Launch]) -> None:
-    """Has kernels compiled and loaded side by side, the longest first."""
+    """Has kernels compiled side by side, the longest first, and loaded; on "meta" compiled alone:
+    the current GPU, for which that is done, need not be the one that is going to be used."""
     # In a context of its own: Triton 3.6 leaves its mode on behind a kernel that fails.
     contextvars.copy_context().run(_compile, launches, launches[0].arguments[0].device)
 
 
 def _compile(launches: Sequence[Launch], device: torch.device) -> None:
-    def load(kernel) -> None:
-        with torch.cuda.device(device):
-            (kernel.result() if isinstance(kernel, triton.FutureKernel) else kernel).run  # noqa: B018
+    place = None if device.type == "meta" else device
+
+    def finish(kernel) -> None:
+        kernel = kernel.result() if isinstance(kernel, triton.FutureKernel) else kernel
+        if place is not None:
+            with torch.cuda.device(place):
+                kernel.run  # noqa: B018
 
     # Two at a time, for the first to have Python's lock half of the time at least.
-    with torch.cuda.device(device), ThreadPoolExecutor(2) as pool:
+    with torch.cuda.device(place), ThreadPoolExecutor(2) as pool:
         # Triton reads itself for this, and has a part of its own compiled; neither is quick.
         hashed = pool.submit(triton_key)
         triton.runtime.driver.active.get_current_device()
@@ -91,5 +96,5 @@ def _compile(launches: Sequence[Launch], device: torch.device) -> None:
                 for kernel, grid, arguments, options in launches
             ]
             # The longest last: who doesn't compile it has loaded the others by then.
-            loaded = pool.map(load, kernels[::-1])
-        list(loaded)
+            finished = pool.map(finish, kernels[::-1])
+        list(finished)

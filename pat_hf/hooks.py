@@ -7,7 +7,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import EosTokenCriteria, StoppingCriteriaList, utils
 
 from pat_hf import adapters, rotary
-from pat_hf.cache.pat_cache import TOLD, PATCache
+from pat_hf.cache.pat_cache import TOLD, PATCache, compile_for
 from pat_hf.graphs import Decoder
 from pat_hf.prefill import prefill
 from pat_hf.support import surely
@@ -52,6 +52,8 @@ def install() -> None:
         setattr(GenerationMixin, name, _around(stock[name], function))
     if check := getattr(utils, "DeferredStopCheck", None):  # from 5.17 on
         check.is_supported = staticmethod(_around(check.is_supported, _is_supported))
+    if choose := getattr(PreTrainedModel, "_check_and_adjust_attn_implementation", None):
+        setattr(PreTrainedModel, choose.__name__, _around(choose, _choose_attention))
 
 
 def _around(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,6 +65,27 @@ def _around(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[...
 
     replacement._pat_hf = True
     return replacement
+
+
+def _choose_attention(
+    stock: Callable[..., Any], model: PreTrainedModel, *args: Any, **kwargs: Any
+) -> str:
+    """What attention a model is made with, or changed to: for ours, the kernels are compiled while
+    its weights are loaded, from when PyTorch first turns to a GPU."""
+    name = stock(model, *args, **kwargs)
+    if name == "pat" and torch.version.cuda and model.can_generate():
+        config, usual = model.config, torch.get_default_dtype()
+
+        def guess() -> None:
+            with suppress(Exception):  # where they can't be told yet, a PATCache will
+                decoder = config.get_text_config(decoder=True)
+                compile_for(decoder, decoder.dtype or usual, torch.device("meta"))
+
+        if torch.cuda.is_initialized():
+            guess()
+        else:
+            torch.cuda._lazy_call(guess)
+    return name
 
 
 def _prefill(

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, MambaConfig, PreTrainedModel
 
 import pat_hf
 from pat_hf.cache import pat_cache
@@ -33,9 +33,11 @@ def test_what_is_compiled_ahead_is_all_that_a_prefill_and_steps_need(tmp_path):
         [sys.executable, __file__], env=environment, capture_output=True, text=True
     )
     assert not done.returncode, done.stderr
-    ahead, loaded, calls, launched, asked = done.stdout.split("\n")[:5]
+    ahead, loaded, anew, then, calls, launched, asked = done.stdout.split("\n")[:7]
     assert ahead == "hopper_kernel merge_kernel store_kernel"
-    assert loaded == "hopper_kernel merge_kernel merge_kernel merge_kernel store_kernel"
+    assert loaded == "nothing"
+    assert anew == "nothing"
+    assert then == "hopper_kernel merge_kernel merge_kernel merge_kernel store_kernel"
     assert calls == ""
     assert launched == "store_kernel hopper_kernel merge_kernel " * 3 + "hopper_kernel "
     assert asked == "once"
@@ -59,13 +61,45 @@ def test_a_cache_has_kernels_compiled_ahead_once(ahead):
     assert (query_heads, softcap) == (model.config.num_attention_heads, None)
 
 
+def test_a_model_has_kernels_compiled_from_when_pytorch_turns_to_a_gpu(ahead, monkeypatch):
+    later = []
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "_lazy_call", later.append)
+    config = pair("Llama")[1].config
+    for implementation in ("sdpa", "pat"):
+        AutoModelForCausalLM.from_config(
+            config, dtype=torch.bfloat16, attn_implementation=implementation
+        )
+        assert not ahead
+        assert bool(later) == (implementation == "pat")
+    for guess in later:
+        guess()
+    ((keys, _, query_heads, _),) = ahead
+    dim = config.head_dim
+    assert keys.shape == (2, config.num_key_value_heads, pat_cache.PAGE_SIZE, dim)
+    assert keys.is_meta
+    assert keys.dtype == torch.bfloat16
+    assert query_heads == config.num_attention_heads
+
+
+def test_models_that_there_is_nothing_to_compile_for_are_made_all_the_same(ahead, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=9)
+    AutoModelForCausalLM.from_config(config, attn_implementation="pat")
+    assert not ahead
+    AutoModelForCausalLM.from_config(pair("Llama")[1].config, attn_implementation="pat")
+    assert len(ahead) == 1
+
+
 @pytest.fixture
 def ahead(monkeypatch):
     """What is compiled ahead, for models that are taken to be on a GPU."""
     given, sample = [], Memory.sample
     monkeypatch.setattr(PreTrainedModel, "device", torch.device("cuda", 0))
-    on_cpu = staticmethod(lambda shapes, dtype, _: sample(shapes, dtype, torch.device("cpu")))
-    monkeypatch.setattr(Memory, "sample", on_cpu)
+    on_cpu = {"cuda": "cpu", "meta": "meta"}
+    imitated = lambda shapes, dtype, device: sample(shapes, dtype, on_cpu[device.type])  # noqa: E731
+    monkeypatch.setattr(Memory, "sample", staticmethod(imitated))
     monkeypatch.setattr(pat_cache, "compile_ahead", lambda *args: given.append(args))
     pat_cache._compile_ahead.cache_clear()
     yield given
@@ -109,11 +143,12 @@ def main() -> None:
     triton.knobs.runtime.jit_post_compile_hook = lambda **given: compiled.append(given["fn"].name)
 
     shapes = [(8, 32, 128)] * 2
-    ops.compile_ahead(*Memory.sample(shapes, torch.float16, torch.device("cpu")), 32)
-    launch.wait()
-    print(*sorted(set(compiled)))
-    print(*sorted(loaded))
-    compiled.clear()
+    for device in ("meta", "cpu"):
+        ops.compile_ahead(*Memory.sample(shapes, torch.float16, torch.device(device)), 32)
+        launch.wait()
+        print(*sorted(set(compiled)) or ["nothing"])
+        print(*sorted(loaded) or ["nothing"])
+        compiled.clear()
     whole = torch.randn(5, 2, 8, 32, 128).half()  # pages of K and V side by side
     pages = whole.unbind(1)
     for rows, batch in ((9000, 1), (32, 32), (1, 1)):  # of a prefill, and of decode steps
