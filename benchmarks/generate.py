@@ -1,13 +1,14 @@
 """Times `model.generate()` on a PATCache and on stock caches, in one process.
 
-    python benchmarks/generate.py cpu                      # two cores, a 100M-parameter Llama
-    python benchmarks/generate.py W1 W2 W3 --model qwen3-8b
+    python benchmarks/generate.py cpu                             # two cores, a 100M-parameter Llama
+    python benchmarks/generate.py W1 W2 W3 --model qwen3-8b      # or a name on the hub, a folder
     python benchmarks/generate.py --tree 1,8,32_1024,2048,64 --new-tokens 48
 
-A workload is a prefix tree: nodes on each level, and the tokens of each. Models have random
-weights; time does not depend on them. TTFT is the time from the call to the first token, TPOT the
-mean time of each further one; medians over `--repeat` calls, after one that is not counted, between
-which PyTorch keeps its memory. What runs out of GPU memory is printed as such and has no row.
+A workload is a prefix tree: nodes on each level, and the tokens of each. Models that are known by
+name here have random weights; time does not depend on them. TTFT is the time from the call to the
+first token, TPOT the mean time of each further one; medians over `--repeat` calls, after one that
+is not counted, between which PyTorch keeps its memory. What runs out of GPU memory is printed as
+such and has no row.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def main() -> None:
     parser.add_argument("workloads", nargs="*", help=f"of {', '.join(WORKLOADS)}")
     parser.add_argument("--tree", help="a workload of your own: nodes_tokens, [xN: N samples each]")
     parser.add_argument("--new-tokens", type=int)
-    parser.add_argument("--model", choices=MODELS)
+    parser.add_argument("--model", help=f"{', '.join(MODELS)}, or what from_pretrained() takes")
     parser.add_argument("--modes", nargs="+", default=["pat", "dynamic"], choices=MODES)
     parser.add_argument("--beams", type=int, default=1)
     parser.add_argument("--repeat", type=int, default=3)
@@ -99,12 +100,17 @@ def main() -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = MODELS[args.model or ("qwen3-8b" if device == "cuda" else "llama-100m")]
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    name = args.model or ("qwen3-8b" if device == "cuda" else "llama-100m")
+    kinds = {"attn_implementation": "pat"}
+    kinds["dtype"] = dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="pat", dtype=dtype)
+    if name in MODELS:
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(MODELS[name], **kinds)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(name, device_map=device, **kinds)
     model.eval()
+    config = model.config
     named = {name: WORKLOADS[name] for name in args.workloads}
     if args.tree:
         named[args.tree] = (args.tree, 49)

@@ -80,7 +80,9 @@ def _compile(launches: Sequence[Launch], device: torch.device) -> None:
 
     def finish(kernel) -> None:
         kernel = kernel.result() if isinstance(kernel, triton.FutureKernel) else kernel
-        if place is not None:
+        if place is None:  # what launches it is compiled as well, and kept on disk
+            triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
+        else:
             with torch.cuda.device(place):
                 kernel.run  # noqa: B018
 
