@@ -1,7 +1,7 @@
 """Times `model.generate()` on a PATCache and on stock caches, in one process.
 
-    python benchmarks/generate.py cpu                             # two cores, a 100M-parameter Llama
-    python benchmarks/generate.py W1 W2 W3 --model qwen3-8b      # or a name on the hub, a folder
+    python benchmarks/generate.py cpu                        # two cores, a 100M-parameter Llama
+    python benchmarks/generate.py W1 W2 W3 --model qwen3-8b  # or a name on the hub, or a folder
     python benchmarks/generate.py --tree 1,8,32_1024,2048,64 --new-tokens 48
 
 A workload is a prefix tree: nodes on each level, and the tokens of each. Models that are known by
