@@ -2,8 +2,8 @@
 
 Pack: the tree is cut into packs by what its reading, its products and its partials cost (PAT, arXiv
 2511.22333, section 5, puts nodes together along a path only; here also across siblings). Then packs
-are cut into query tiles, and those along KV. NumPy only, by level of the tree: no Python loop over
-nodes, rows or tiles.
+are cut into query tiles, where least is seen on both sides, and those along KV. NumPy only, by
+level of the tree: no Python loop over nodes or rows.
 """
 
 from __future__ import annotations
@@ -496,11 +496,11 @@ def _compress(nodes: Nodes, node: np.ndarray, position: np.ndarray, window: int 
 class _Tiles(NamedTuple):
     """Query tiles, sorted by shape."""
 
-    pack: np.ndarray  # [A] first tile of the pack of alive[a]; the others follow it
-    origin: np.ndarray  # [A] first row of the pack
-    room: np.ndarray  # [A] rows of a tile of the pack
-    order: np.ndarray  # [Q] tiles by shape, in the numbering of `pack`
+    pack: np.ndarray  # [A] of alive[a]
+    pack_of: np.ndarray  # [Q] of each tile, ascending; a pack's tiles are in the order of rows
+    order: np.ndarray  # [Q] tiles by shape, in the numbering of `pack_of`
     begin: np.ndarray  # [Q] first of rows, in that order
+    end: np.ndarray  # [Q]
     shape: np.ndarray  # [Q] of the machine's
     cost: float  # of all packs, see `_query_tiles`
 
@@ -542,26 +542,70 @@ def _query_tiles(forest: _Forest, heads: Heads, machine: Machine) -> _Tiles:
         best[level] = np.where(joins, shape, best[level])
 
     packs = np.flatnonzero(top == np.arange(chains))
-    size = room[best[packs]]
-    counts = -(-forest.queries[packs] // size)
-    pack, index = _expand(counts)
-    begin = forest.first[packs][pack] + index * size[pack]
-    rows = np.minimum(forest.queries[packs][pack] - index * size[pack], size[pack])
-    most = [shape.rows for shape in shapes]
-    shape = np.searchsorted(most[:-1], rows * heads.group)
-    order = _stable_argsort(shape, len(most))
     number = np.empty(chains, np.int64)
-    number[packs] = _offsets(counts)[:-1]
-    top = top[forest.chain]
+    number[packs] = np.arange(len(packs))
+    pack, begin, end = _cut_rows(forest, number[top], packs, room[best[packs]], start.min())
+    most = [shape.rows for shape in shapes]
+    shape = np.searchsorted(most[:-1], (end - begin) * heads.group)
+    order = _stable_argsort(shape, len(most))
     return _Tiles(
-        number[top],
-        forest.first[top],
-        room[best[top]],
+        number[top[forest.chain]],
+        pack,
         order,
         begin[order],
+        end[order],
         shape[order],
         alone[: forest.levels[1]].sum() if chains else 0,
     )
+
+
+def _cut_rows(
+    forest: _Forest, pack: np.ndarray, packs: np.ndarray, room: np.ndarray, start: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cuts the rows of packs into tiles.
+
+    To cut costs what is seen on both sides, which is read twice, and a tile's start. Tiles are
+    full, or, if that costs less, half full at least and end where it is least, each row that is
+    left out counting for its part of what a cut costs on average.
+
+    Args:
+        pack: [C] the chains'.
+        packs: [P] the chain at the top of each pack.
+        room: [P] rows of a tile.
+        start: of a tile, in tokens.
+
+    Returns:
+        The pack of each tile, its first row, and its end row, int [Q].
+    """
+    queries = forest.queries[packs]
+    edges = _offsets(queries)  # of packs, laid end to end
+    rows = int(edges[-1])
+    begin = forest.first - forest.first[packs][pack] + edges[pack]
+    seen = np.bincount(begin + 1, forest.tokens, rows + 2)
+    seen -= np.bincount(begin + forest.queries, forest.tokens, rows + 2)
+    cost = np.cumsum(seen)[: rows + 1] + start
+    owner = np.repeat(np.arange(len(packs)), queries)
+    left = edges[owner + 1] - np.arange(rows)
+    full = np.minimum(room[owner], left)
+    fewer = full.copy()
+    for most in np.unique(room[queries > room]).tolist():
+        least = most // 2 + 1
+        some = np.flatnonzero((room[owner] == most) & (left > most))
+        worth = cost - cost.mean() / most * np.arange(rows + 1)
+        ends = np.lib.stride_tricks.sliding_window_view(worth, most - least + 1)
+        fewer[some] = least + ends[some + least].argmin(1)
+
+    def cuts(size: np.ndarray) -> np.ndarray:
+        following, found = (np.arange(rows) + size).tolist(), [0]
+        while found[-1] < rows:
+            found.append(following[found[-1]])
+        return np.array(found)
+
+    best = min(cuts(full), cuts(fewer), key=lambda found: cost[found].sum())
+    first, last = best[:-1], best[1:]
+    of_tile = owner[first]
+    shift = forest.first[packs][of_tile] - edges[of_tile]
+    return of_tile, first + shift, last + shift
 
 
 class _Runs(NamedTuple):
@@ -585,18 +629,21 @@ def _runs(
     ahead: int | None,
     window: int | None,
 ) -> _Runs:
-    index = (forest.begin - tiles.origin) // tiles.room
-    counts = (forest.end - 1 - tiles.origin) // tiles.room + 1 - index
-    owner, more = _expand(counts)
-    index = index[owner] + more
     rank = np.empty(len(tiles.order), np.int64)
     rank[tiles.order] = np.arange(len(rank))
-    tile = rank[tiles.pack[owner] + index]
+    rows = len(forest.rows)
+    begins = tiles.pack_of * rows + tiles.begin[rank]
+    first, last = (
+        np.searchsorted(begins, tiles.pack * rows + row, side="right") - 1
+        for row in (forest.begin, forest.end - 1)
+    )
+    owner, more = _expand(last - first + 1)
+    tile = rank[first[owner] + more]
     order = _stable_argsort(tile, len(rank))
     owner, tile = owner[order], tile[order]
-    first, room = tiles.begin[tile], tiles.room[owner]
+    first = tiles.begin[tile]
     begin = np.maximum(forest.begin[owner], first)
-    end = np.minimum(forest.end[owner], first + room)
+    end = np.minimum(forest.end[owner], tiles.end[tile])
     where = position[forest.rows]
     furthest, hindmost = extrema(where, begin, end)
 

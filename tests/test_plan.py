@@ -16,6 +16,7 @@ from pat_hf.kernels.plan import (
     Plan,
     Shape,
     _compress,
+    _cut_rows,
     _query_tiles,
     _spread,
     make_plan,
@@ -242,6 +243,44 @@ def test_a_run_that_many_share_is_a_pack_of_its_own():
     # Dear partials: all of it in the tile of 64.
     dear = plan_of(nodes, range(1, 17), machine=machine_of(1, 1.5, partial=9))
     assert reads(dear) == [(list(range(16)), 300 + 16 * 64)] and dear.partials == 0
+
+
+def test_tiles_end_where_least_is_seen_on_both_sides():
+    # Of 32 rows each: full tiles would read half of the families twice.
+    machine = Machine.gpu(132, HEADS, 9)
+    families = [24] * 5
+    depths = [0] + [x for family in families for x in (1, *[2] * family)]
+    lengths = [1000] + [x for family in families for x in (1000, *[16] * family)]
+    nodes = nodes_of(depths, lengths)
+    leaves = np.setdiff1d(np.arange(len(depths)), nodes.parent)
+    plan = plan_of(nodes, leaves, machine=machine, ahead=0)
+    assert plan.kv_tokens == sum(lengths) + 4 * 1000
+    # A run that costs more to read again than the families do is read by as few tiles as can be.
+    lengths[0] = 9000
+    nodes = nodes_of(depths, lengths)
+    plan = plan_of(nodes, leaves, machine=machine, ahead=0)
+    assert plan.kv_tokens == sum(lengths) + 3 * 9000 + 2 * 1000
+
+
+@given(st.data())
+def test_rows_are_cut_into_tiles_that_fit_and_cost_no_more_than_full_ones(data):
+    counts = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=8))
+    depths = [0] + [x for count in counts for x in (1, *[2] * count)]
+    lengths = data.draw(st.lists(st.integers(1, 900), min_size=len(depths), max_size=len(depths)))
+    nodes = nodes_of(depths, lengths)
+    leaves = np.setdiff1d(np.arange(len(depths)), nodes.parent)
+    forest = _compress(nodes, leaves, (nodes.start + nodes.length - 1)[leaves], None)
+    packs, room, start = np.flatnonzero(forest.parent < 0), np.array([16]), 50
+    pack, begin, end = _cut_rows(forest, np.zeros(len(forest.parent), int), packs, room, start)
+    assert begin[0] == 0 and end[-1] == len(leaves) and (begin[1:] == end[:-1]).all()
+    assert (end - begin).min() > 0 and (end - begin).max() <= 16
+    assert not pack.any()
+
+    def cost(cuts):
+        last = forest.first + forest.queries
+        return sum(start + forest.tokens[(forest.first < t) & (last > t)].sum() for t in cuts)
+
+    assert cost(begin[1:]) <= cost(range(16, len(leaves), 16))
 
 
 def test_costs_count_bytes():
