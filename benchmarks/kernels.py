@@ -37,7 +37,7 @@ import torch
 import triton
 
 from pat_hf.cache.prefix_tree import PrefixTree
-from pat_hf.kernels import forward, plan
+from pat_hf.kernels import forward, hopper, plan
 from pat_hf.kernels.ops import attention
 from pat_hf.kernels.plan import Heads, Machine, Nodes, make_plan
 
@@ -45,7 +45,7 @@ HERE = Path(__file__).parent
 DIM = 128
 BANDWIDTH, FLOPS = 4.3e12, 790e12
 FLOOR_US = 4.6  # of the peers' measurements; a higher one here would raise our shares alone
-IDEAS = ("packing", "tiles", "search", "order", "splitting", "merge")
+IDEAS = ("packing", "tiles", "search", "order", "splitting", "merge", "cuts", "pieces")
 TREES = (
     "1,10_4096,416",
     "1,256_256,32",
@@ -203,6 +203,7 @@ def left_out(idea: str | None, processors: int, heads: Heads) -> Iterator[Machin
     search: one plan is made. order: steps are in the tree's, and all of a wide block's are for all
     of its rows.
     splitting: no run of KV is cut.
+    cuts: query tiles are full, wherever they end. pieces: on Hopper, chunks are read whole.
     merge: not run, so the output is incomplete; what is saved is what the merge costs.
     """
     major = torch.cuda.get_device_capability()[0]
@@ -220,6 +221,13 @@ def left_out(idea: str | None, processors: int, heads: Heads) -> Iterator[Machin
         if idea == "splitting":
             whole = tuple(shape._replace(least=1 << 30) for shape in machine.shapes)
             machine = replace(machine, shapes=whole)
+        if idea == "cuts":
+            # Tiles cost so much to start that only their number counts.
+            cut = plan._cut_rows
+            dear = lambda *args: cut(*args[:-1], start=1e30)  # noqa: E731
+            stack.enter_context(mock.patch.object(plan, "_cut_rows", dear))
+        if idea == "pieces":
+            stack.enter_context(mock.patch.object(hopper, "PIECE", plan._CHUNK))
         if idea == "merge":
             stack.enter_context(mock.patch.object(forward, "merge_kernel", Nothing()))
         for name in ("gpu", "of"):

@@ -6,6 +6,7 @@ python benchmarks/tables.py
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Iterable
@@ -20,6 +21,8 @@ IDEAS = {
     "search": "search (ours): one plan is made, with blocks of up to 128 rows",
     "order": "order (ours): steps are in the tree's, and all of a block's are for all of its rows",
     "merge": "the merge kernel, its result missing: what it takes of the time",
+    "cuts": "tiles that end where least is seen on both sides",
+    "pieces": "reading chunks in pieces",
 }
 SIZES = {"30 to 100 MB": (30, 100), "100 to 500 MB": (100, 500), "over 500 MB": (500, 1e9)}
 
@@ -49,6 +52,7 @@ def section(name: str) -> str:
         "kernels-irregular-h200": shares,
         "long-h200": long,
         "first-h200": first,
+        "first-made-h200": first,
     }
     table = tables.get(name, generate)(results)
     versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items())
@@ -101,9 +105,9 @@ def first(results: dict) -> str:
     """Times to the first token of the first call and of later ones."""
     (row,) = results["rows"]
     return (
-        f"The first call on one {results['machine']} with no kernel on disk, {row['workload']} "
-        f"({row['mode']}): {row['first_call_ttft_s']:.1f} s to the first token; later ones: "
-        f"{row['ttft_s']:.2f} s."
+        f"{row['workload']} ({row['mode']}) on one {results['machine']} with no kernel on disk: "
+        f"{row['first_call_ttft_s']:.2f} s to the first token of the first call, "
+        f"{row['ttft_s']:.2f} s to that of later ones."
     )
 
 
@@ -162,10 +166,17 @@ def ideas(results: dict) -> str:
 
 
 def shares(results: dict) -> str:
-    """Shares of the roofline on random trees and on those of a trace."""
+    """Shares of the roofline on random trees and on those of a trace, beside regular ones'."""
+    regular = json.loads((RESULTS / "kernels-h200.json").read_text())["rows"]
+
+    def alike(row: dict) -> float:
+        """The share of the nearest in size of the 80 cases with the same heads."""
+        same = [x for x in regular if x["heads"] == row["heads"]]
+        return min(same, key=lambda x: abs(math.log(x["kv_mb"] / row["kv_mb"])))["share"]
+
     lines = [
-        "| trees | cases | distinct K and V | share of the roofline |",
-        "| --- | --- | --- | --- |",
+        "| trees | cases | distinct K and V | share of the roofline | regular trees of that size |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for prefix, name in (("seed", "random"), ("ragpulse", "RAGPulse trace")):
         for size, (least, most) in ({"below 30 MB": (0, 30)} | SIZES).items():
@@ -176,8 +187,14 @@ def shares(results: dict) -> str:
             ]
             if rows:
                 share = mean(row["share"] for row in rows)
-                lines.append(f"| {name} | {len(rows)} | {size} | {share:.0%} |")
-    return "\n".join(lines)
+                others = f"{mean(map(alike, rows)):.0%}" if least else ""
+                lines.append(f"| {name} | {len(rows)} | {size} | {share:.0%} | {others} |")
+    lost = {
+        idea: mean(row["without_us"][idea] / row["us"] for row in results["rows"])
+        for idea in results["rows"][0].get("without_us", ())
+    }
+    worth = "; ".join(f"without {IDEAS[idea]}, {times:.2f}x" for idea, times in lost.items())
+    return "\n".join(lines) + (f"\n\nTimes, geometric means: {worth}." if worth else "")
 
 
 def mean(values: Iterable[float]) -> float:

@@ -544,7 +544,8 @@ def _query_tiles(forest: _Forest, heads: Heads, machine: Machine) -> _Tiles:
     packs = np.flatnonzero(top == np.arange(chains))
     number = np.empty(chains, np.int64)
     number[packs] = np.arange(len(packs))
-    pack, begin, end = _cut_rows(forest, number[top], packs, room[best[packs]], start.min())
+    shape = best[packs]
+    pack, begin, end = _cut_rows(forest, number[top], packs, room[shape], start[shape])
     most = [shape.rows for shape in shapes]
     shape = np.searchsorted(most[:-1], (end - begin) * heads.group)
     order = _stable_argsort(shape, len(most))
@@ -560,19 +561,19 @@ def _query_tiles(forest: _Forest, heads: Heads, machine: Machine) -> _Tiles:
 
 
 def _cut_rows(
-    forest: _Forest, pack: np.ndarray, packs: np.ndarray, room: np.ndarray, start: float
+    forest: _Forest, pack: np.ndarray, packs: np.ndarray, room: np.ndarray, start: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cuts the rows of packs into tiles.
 
-    To cut costs what is seen on both sides, which is read twice, and a tile's start. Tiles are
-    full, or, if that costs less, half full at least and end where it is least, each row that is
-    left out counting for its part of what a cut costs on average.
+    To begin a tile costs its start, and what is seen on both sides, which is read twice. Tiles of a
+    pack are full; or, if that costs less, each ends where the next begins at the least cost, every
+    row that is left out counting as much as rows of full tiles cost on average.
 
     Args:
         pack: [C] the chains'.
         packs: [P] the chain at the top of each pack.
         room: [P] rows of a tile.
-        start: of a tile, in tokens.
+        start: [P] of a tile, in tokens.
 
     Returns:
         The pack of each tile, its first row, and its end row, int [Q].
@@ -580,32 +581,32 @@ def _cut_rows(
     queries = forest.queries[packs]
     edges = _offsets(queries)  # of packs, laid end to end
     rows = int(edges[-1])
+    owner = np.repeat(np.arange(len(packs)), queries)
     begin = forest.first - forest.first[packs][pack] + edges[pack]
     seen = np.bincount(begin + 1, forest.tokens, rows + 2)
     seen -= np.bincount(begin + forest.queries, forest.tokens, rows + 2)
-    cost = np.cumsum(seen)[: rows + 1] + start
-    owner = np.repeat(np.arange(len(packs)), queries)
+    cost = np.cumsum(seen)[:rows] + start[owner]
+    of_full, index = _expand(-(-queries // room))
+    full = edges[of_full] + index * room[of_full]
+    full_cost = np.bincount(of_full, cost[full], len(packs))
+    worth = cost - (full_cost / queries)[owner] * np.arange(rows)
     left = edges[owner + 1] - np.arange(rows)
-    full = np.minimum(room[owner], left)
-    fewer = full.copy()
+    size = np.minimum(room[owner], left)
     for most in np.unique(room[queries > room]).tolist():
-        least = most // 2 + 1
+        least = max(most - 63, 1)  # more would take the host longer than it is worth
         some = np.flatnonzero((room[owner] == most) & (left > most))
-        worth = cost - cost.mean() / most * np.arange(rows + 1)
         ends = np.lib.stride_tricks.sliding_window_view(worth, most - least + 1)
-        fewer[some] = least + ends[some + least].argmin(1)
+        size[some] = least + ends[some + least].argmin(1)
+    following, found = (np.arange(rows) + size).tolist(), [0]
+    while found[-1] < rows:
+        found.append(following[found[-1]])
+    early = np.array(found[:-1], np.int64)
 
-    def cuts(size: np.ndarray) -> np.ndarray:
-        following, found = (np.arange(rows) + size).tolist(), [0]
-        while found[-1] < rows:
-            found.append(following[found[-1]])
-        return np.array(found)
-
-    best = min(cuts(full), cuts(fewer), key=lambda found: cost[found].sum())
-    first, last = best[:-1], best[1:]
-    of_tile = owner[first]
-    shift = forest.first[packs][of_tile] - edges[of_tile]
-    return of_tile, first + shift, last + shift
+    chosen = np.bincount(owner[early], cost[early], len(packs)) < full_cost
+    first = np.sort(np.concatenate([full[~chosen[of_full]], early[chosen[owner[early]]]]))
+    last = np.append(first[1:], rows)[: len(first)]
+    shift = forest.first[packs] - edges[:-1]
+    return owner[first], first + shift[owner[first]], last + shift[owner[first]]
 
 
 class _Runs(NamedTuple):

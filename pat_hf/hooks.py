@@ -70,10 +70,11 @@ def _around(stock: Callable[..., Any], ours: Callable[..., Any]) -> Callable[...
 def _choose_attention(
     stock: Callable[..., Any], model: PreTrainedModel, *args: Any, **kwargs: Any
 ) -> str:
-    """What attention a model is made with, or changed to: for ours, the kernels are compiled while
-    its weights are loaded, from when PyTorch first turns to a GPU."""
+    """What attention a model has: where it is made with ours, the kernels are compiled while its
+    weights are loaded, from when PyTorch first turns to a GPU."""
     name = stock(model, *args, **kwargs)
-    if name == "pat" and torch.version.cuda and model.can_generate():
+    made = kwargs.get("is_init_check") and model.can_generate()
+    if made and name == "pat" and torch.version.cuda:
         config, usual = model.config, torch.get_default_dtype()
 
         def guess() -> None:

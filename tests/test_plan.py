@@ -262,25 +262,54 @@ def test_tiles_end_where_least_is_seen_on_both_sides():
     assert plan.kv_tokens == sum(lengths) + 3 * 9000 + 2 * 1000
 
 
-@given(st.data())
-def test_rows_are_cut_into_tiles_that_fit_and_cost_no_more_than_full_ones(data):
-    counts = data.draw(st.lists(st.integers(1, 40), min_size=1, max_size=8))
-    depths = [0] + [x for count in counts for x in (1, *[2] * count)]
-    lengths = data.draw(st.lists(st.integers(1, 900), min_size=len(depths), max_size=len(depths)))
-    nodes = nodes_of(depths, lengths)
+def packs_of(generator):
+    """A forest of three levels; each chain's pack, some of them inside of others; the packs' first
+    chains, rooms, and starts."""
+    depths = []
+    for _ in range(5):
+        counts = generator.integers(1, 40, generator.integers(1, 9))
+        depths += [0] + [x for count in counts for x in (1, *[2] * count)]
+    lengths = np.maximum(generator.pareto(1, len(depths)) * 60, 1).astype(int)
+    nodes = nodes_of(depths, lengths.tolist())
     leaves = np.setdiff1d(np.arange(len(depths)), nodes.parent)
     forest = _compress(nodes, leaves, (nodes.start + nodes.length - 1)[leaves], None)
-    packs, room, start = np.flatnonzero(forest.parent < 0), np.array([16]), 50
-    pack, begin, end = _cut_rows(forest, np.zeros(len(forest.parent), int), packs, room, start)
-    assert begin[0] == 0 and end[-1] == len(leaves) and (begin[1:] == end[:-1]).all()
-    assert (end - begin).min() > 0 and (end - begin).max() <= 16
-    assert not pack.any()
+    top = []
+    for chain, parent in enumerate(forest.parent):
+        apart = parent < 0 or forest.queries[chain] > 1 and generator.random() < 0.2
+        top.append(chain if apart else top[parent])
+    packs, pack = np.unique(top, return_inverse=True)
+    rooms = generator.choice([1, 2, 7, 16, 64], len(packs))
+    return forest, pack, packs, rooms, generator.integers(1, 200, len(packs))
 
-    def cost(cuts):
-        last = forest.first + forest.queries
-        return sum(start + forest.tokens[(forest.first < t) & (last > t)].sum() for t in cuts)
 
-    assert cost(begin[1:]) <= cost(range(16, len(leaves), 16))
+@pytest.mark.parametrize("seed", range(8))
+def test_rows_are_cut_into_tiles_that_fit_and_cost_little(seed):
+    generator = np.random.default_rng(seed)
+    ours, fulls, bests = 0, 0, 0
+    for _ in range(10):
+        forest, pack, packs, rooms, starts = packs_of(generator)
+        owner, begin, end = _cut_rows(forest, pack, packs, rooms, starts)
+        assert (np.diff(owner) >= 0).all()
+        for i, (chain, most) in enumerate(zip(packs, rooms, strict=True)):
+            rows = np.arange(forest.queries[chain])
+            cuts, ends = begin[owner == i] - forest.first[chain], end[owner == i]
+            assert cuts[0] == 0 and (cuts[1:] == ends[:-1] - forest.first[chain]).all()
+            assert ends[-1] == forest.first[chain] + len(rows)
+            size = ends - begin[owner == i]
+            assert size.min() > 0 and size.max() <= most
+            # What it costs to begin a tile at each row.
+            first = (forest.first - forest.first[chain])[pack == i]
+            last = first + forest.queries[pack == i]
+            both = (first < rows[:, None]) & (rows[:, None] < last)
+            cost = np.append((both * forest.tokens[pack == i]).sum(1) + starts[i], 0)
+            mine, full = (cost[cut].sum() for cut in (cuts[1:], rows[most::most]))
+            assert mine <= full
+            best = np.zeros(len(cost))  # from a row to the end
+            for row in rows[::-1]:
+                following = slice(row + 1, min(row + most, len(rows)) + 1)
+                best[row] = (cost + best)[following].min()
+            ours, fulls, bests = ours + mine, fulls + full, bests + best[0]
+    assert fulls - ours > 0.6 * (fulls - bests)
 
 
 def test_costs_count_bytes():
