@@ -7,7 +7,7 @@ import functools
 import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -1263,7 +1263,8 @@ def compile_for(
     Args:
         config: of the text decoder.
         dtype: of its keys and values.
-        device: theirs; "meta", while that isn't known, for GPUs like the current one.
+        device: theirs; "meta", while that isn't known: as soon as PyTorch turns to a GPU, for those
+            like the current one.
         page_size: of the cache.
     """
     if not (windowed(config) or latent(config)):
@@ -1275,8 +1276,15 @@ def compile_for(
 def _compile_ahead(
     heads: Heads, page_size: int, dtype: torch.dtype, device: torch.device, softcap: float | None
 ) -> None:
-    shapes = [(heads.kv, page_size, dim) for dim in (heads.key_dim, heads.value_dim)]
-    compile_ahead(*Memory.sample(shapes, dtype, device), heads.query, softcap)
+    def begin() -> None:
+        with suppress(Exception):  # which whoever launches these kernels is going to meet
+            shapes = [(heads.kv, page_size, dim) for dim in (heads.key_dim, heads.value_dim)]
+            compile_ahead(*Memory.sample(shapes, dtype, device), heads.query, softcap)
+
+    if device.type != "meta" or torch.cuda.is_initialized():
+        begin()
+    else:
+        torch.cuda._lazy_call(begin)
 
 
 def token_ids(

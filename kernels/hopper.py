@@ -269,21 +269,21 @@ def _copy_queries(
     """Starts to copy up to 64 queries of a block from row `first` on, and stores the numbers i_m of
     their rows; the copies are to be waited for."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [1, 1], [1, 0])
-    PIECE: gl.constexpr = 16
-    PIECE_ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    o_i = gl.arange(0, PIECE, layout=PIECE_ROWS)
+    SOME: gl.constexpr = 16
+    SOME_ROWS: gl.constexpr = gl.SliceLayout(1, LAYOUT)
+    o_i = gl.arange(0, SOME, layout=SOME_ROWS)
     o_k = gl.arange(0, 64, layout=gl.SliceLayout(0, LAYOUT))
     numbers.store(i_m)
     barrier()
-    for i in gl.static_range(64 // PIECE):
-        o_r = first + i * PIECE + o_i
-        if first + i * PIECE < count:
+    for i in gl.static_range(64 // SOME):
+        o_r = first + i * SOME + o_i
+        if first + i * SOME < count:
             m_r = o_r < count
             # Few registers: from memory they would come one after the other.
-            i_r = numbers.slice(i * PIECE, PIECE).load(PIECE_ROWS)
+            i_r = numbers.slice(i * SOME, SOME).load(SOME_ROWS)
             i_hq = i_h * G + o_r % G
             p_q = q + (i_r.to(gl.int64) * sq_r + i_hq.to(gl.int64) * sq_h)
-            to = tile.slice(i * PIECE, PIECE)
+            to = tile.slice(i * SOME, SOME)
             for part in gl.static_range((K + 63) // 64):
                 m_q = m_r[:, None] & (part * 64 + o_k < K)[None, :]
                 p_x = p_q[:, None] + (part * 64 + o_k)[None, :]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -26,23 +26,31 @@ class Launch(NamedTuple):
     @property
     def kind(self) -> Hashable:
         """What the kernel is compiled for; more, if numbers or addresses are not aligned."""
-        first = self.arguments[0]
-        return self.kernel.__name__, first.device, first.dtype, *self.options.items()
+        return self.kernel.__name__, self.arguments[0].dtype, *self.options.items()
 
 
-_built: set[Hashable] = set()
-_behind = ThreadPoolExecutor(1, "pat_hf")
-_begun: list[Future[None]] = []
+_built: set[Hashable] = set()  # devices, and kinds that are launched together
+_behind = ThreadPoolExecutor(2, "pat_hf")  # two, for none to wait for what it can't use
+_begun: dict[Hashable, Future[None]] = {}  # by kind
 
 
-def begin(launches: Callable[[], Sequence[Launch]]) -> None:
-    """Starts to compile kernels in a thread of its own, the longest first."""
-    _begun.append(_behind.submit(lambda: _build(launches())))
+def begin(launches: Sequence[Launch]) -> None:
+    """Starts to compile kernels in a thread, the longest first, once others of their kinds are."""
+    device = launches[0].arguments[0].device
+    place = torch.cuda.current_device() if device.type == "meta" else device
+    kinds = [each.kind for each in launches]
+    before = [_begun[kind] for kind in kinds if kind in _begun]
+    future = _behind.submit(_build, launches, place, before)
+    _begun.update(dict.fromkeys(kinds, future))
 
 
 def wait() -> None:
     """Waits for all that has begun."""
-    for future in _begun:
+    _over(_begun.values())
+
+
+def _over(begun: Iterable[Future[None]]) -> None:
+    for future in begun:
         future.exception()  # which whoever launches that kernel is going to meet
 
 
@@ -58,33 +66,37 @@ def run(launches: Sequence[Launch], more: Callable[[], Sequence[Launch]] = list)
         Exception: what Triton does of a kernel that it can't compile or load.
     """
     if launches[0].arguments[0].is_cuda:
-        kind = tuple(each.kind for each in launches)
-        if kind not in _built:
-            # It may have begun; and who compiles beside it holds both up, by Python's lock.
-            wait()
-            _build([*launches, *more()])
-            _built.add(kind)
+        device = launches[0].arguments[0].device
+        kinds = device, *(each.kind for each in launches)
+        if kinds not in _built:
+            # Who compiles beside those that have begun holds both up, by Python's lock.
+            begun = [_begun[kind] for kind in kinds if kind in _begun]
+            _build([*launches, *more()], device, begun)
+            _built.add(kinds)
     for kernel, grid, arguments, options in launches:
         kernel[grid](*arguments, **options)
 
 
-def _build(launches: Sequence[Launch]) -> None:
-    """Has kernels compiled side by side, the longest first, and loaded; on "meta" compiled alone:
-    the current GPU, for which that is done, need not be the one that is going to be used."""
+def _build(
+    launches: Sequence[Launch], place: torch.device | int, before: Sequence[Future[None]]
+) -> None:
+    """Has kernels compiled side by side, the longest first, and loaded; those on "meta" compiled
+    alone: their GPU need not be the one that is going to be used."""
+    _over(before)
     # In a context of its own: Triton 3.6 leaves its mode on behind a kernel that fails.
-    contextvars.copy_context().run(_compile, launches, launches[0].arguments[0].device)
+    contextvars.copy_context().run(_compile, launches, place)
 
 
-def _compile(launches: Sequence[Launch], device: torch.device) -> None:
-    place = None if device.type == "meta" else device
+def _compile(launches: Sequence[Launch], place: torch.device | int) -> None:
+    loads = not launches[0].arguments[0].is_meta
 
     def finish(kernel) -> None:
         kernel = kernel.result() if isinstance(kernel, triton.FutureKernel) else kernel
-        if place is None:  # what launches it is compiled as well, and kept on disk
-            triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
-        else:
+        if loads:
             with torch.cuda.device(place):
                 kernel.run  # noqa: B018
+        else:  # what launches it is compiled as well, and kept on disk
+            triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
 
     # Two at a time, for the first to have Python's lock half of the time at least.
     with torch.cuda.device(place), ThreadPoolExecutor(2) as pool:

@@ -98,13 +98,10 @@ def compile_ahead(
         return
     from pat_hf.kernels import forward, launch, store
 
-    def launches() -> list[launch.Launch]:
-        where = torch.empty(1, dtype=torch.int64, device=k_pages.device)
-        k, v = k_pages[:, :, :1], v_pages[:, :, :1]
-        stored = store.store(k_pages, v_pages, k, v, where, where)
-        return [*forward.likely(k_pages, v_pages, query_heads, softcap), stored]
-
-    launch.begin(launches)
+    attended = forward.likely(k_pages, v_pages, query_heads, softcap)
+    where = torch.empty(1, dtype=torch.int64, device=k_pages.device)
+    k, v = k_pages[:, :, :1], v_pages[:, :, :1]
+    launch.begin([*attended, store.store(k_pages, v_pages, k, v, where, where)])
 
 
 def store(

@@ -73,19 +73,11 @@ def _choose_attention(
     """What attention a model has: where it is made with ours, the kernels are compiled while its
     weights are loaded, from when PyTorch first turns to a GPU."""
     name = stock(model, *args, **kwargs)
-    made = kwargs.get("is_init_check") and model.can_generate()
-    if made and name == "pat" and torch.version.cuda:
-        config, usual = model.config, torch.get_default_dtype()
-
-        def guess() -> None:
-            with suppress(Exception):  # where they can't be told yet, a PATCache will
-                decoder = config.get_text_config(decoder=True)
-                compile_for(decoder, decoder.dtype or usual, torch.device("meta"))
-
-        if torch.cuda.is_initialized():
-            guess()
-        else:
-            torch.cuda._lazy_call(guess)
+    if name == "pat" and kwargs.get("is_init_check") and torch.version.cuda:
+        with suppress(Exception):  # a PATCache will have compiled what can't be told here
+            config = model.config.get_text_config(decoder=True)
+            if model.can_generate() and config.dtype:
+                compile_for(config, config.dtype, torch.device("meta"))
     return name
 
 

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,10 +18,13 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from pat_hf.kernels import hopper  # noqa: E402
+from pat_hf.kernels import forward, hopper, naive  # noqa: E402
 from pat_hf.kernels.forward import _of_merge, forward_kernel, tiles  # noqa: E402
 from pat_hf.kernels.merge import merge_kernel  # noqa: E402
-from pat_hf.kernels.plan import Heads, Machine  # noqa: E402
+from pat_hf.kernels.plan import Heads, Machine, Plan, make_plan  # noqa: E402
+
+from . import gluon  # noqa: E402
+from .trees import Case, nodes_of, pools  # noqa: E402
 
 CHECK = Path(__file__).parent / "gpu" / "check.py"
 SHARED = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}  # bytes a multiprocessor, by capability
@@ -179,3 +183,26 @@ def _stack_bytes(cubin: bytes) -> int:
             [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
         )
     return max(int(x) for x in re.findall(r"STACK:(\d+)", text.stdout + text.stderr))
+
+
+@pytest.mark.parametrize("advance, pieces", [(0, 2), (7, 2), (8, 3), (9, 3)])
+def test_of_a_chunk_what_is_seen_is_copied_alone(advance, pieces, monkeypatch):
+    copied, copy = [], gluon._copy
+    monkeypatch.setattr(hopper, "hopper_kernel", gluon.Kernel())
+    monkeypatch.setattr(forward, "processors_of", lambda device: (2, 9))
+    monkeypatch.setattr(gluon, "LATE", 0)
+    monkeypatch.setattr(
+        gluon, "_copy", lambda *args: (copied.append(len(args[3].tensor)), copy(*args))
+    )
+    # Chunks of 18 tokens, which are seen, of 32, and of 18, of which 9 are when it is planned.
+    heads, size = Heads(2, 1, 64, 64, 2), 32
+    case = Case(nodes_of([0, 1], [18, 50], size), np.array([1]), np.array([58]), heads, size, 1)
+    plan = make_plan(*case[:5], Machine.gpu(2, heads, 9))
+    tensor = plan.tensor("cpu")
+    Plan.positions(tensor).add_(advance)
+    q, k, v = pools(case, torch.float16, case.position + advance)
+    out = forward.forward(q, k, v, tensor, scale=0.1, merge=plan.merges)
+    assert sorted(copied) == sorted(2 * [32, *[8] * (3 + pieces)])
+    tree = case.nodes, case.node, case.position + advance
+    exact = naive.attention(q, k, v, *tree, scale=0.1)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-2, atol=1e-3)

@@ -6,13 +6,20 @@ import copy
 import os
 import subprocess
 import sys
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MambaConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    MambaConfig,
+    PreTrainedModel,
+)
 
 import pat_hf
 from pat_hf.cache import pat_cache
@@ -24,6 +31,8 @@ from models import pair  # noqa: E402
 
 pytest.importorskip("triton")
 
+from pat_hf.kernels import launch, plan  # noqa: E402
+
 
 def test_what_is_compiled_ahead_is_all_that_a_prefill_and_steps_need(tmp_path):
     # In a process of its own: what is compiled here can't run, and Triton would keep it.
@@ -33,11 +42,14 @@ def test_what_is_compiled_ahead_is_all_that_a_prefill_and_steps_need(tmp_path):
         [sys.executable, __file__], env=environment, capture_output=True, text=True
     )
     assert not done.returncode, done.stderr
-    ahead, loaded, anew, then, calls, launched, asked = done.stdout.split("\n")[:7]
+    lines = done.stdout.split("\n")[:9]
+    ahead, loaded, prepared, anew, then, again, calls, launched, asked = lines
     assert ahead == "hopper_kernel merge_kernel store_kernel"
     assert loaded == "nothing"
+    assert prepared == "hopper_kernel merge_kernel merge_kernel merge_kernel store_kernel"
     assert anew == "nothing"
     assert then == "hopper_kernel merge_kernel merge_kernel merge_kernel store_kernel"
+    assert again == prepared
     assert calls == ""
     assert launched == "store_kernel hopper_kernel merge_kernel " * 3 + "hopper_kernel "
     assert asked == "once"
@@ -61,35 +73,90 @@ def test_a_cache_has_kernels_compiled_ahead_once(ahead):
     assert (query_heads, softcap) == (model.config.num_attention_heads, None)
 
 
-def test_a_model_has_kernels_compiled_from_when_pytorch_turns_to_a_gpu(ahead, monkeypatch):
-    later = []
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "_lazy_call", later.append)
-    config = pair("Llama")[1].config
-    for implementation in ("sdpa", "pat"):
-        AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation=implementation
-        )
+def test_a_model_has_kernels_compiled_from_when_pytorch_turns_to_a_gpu(ahead, later):
+    config = copy.deepcopy(pair("Llama")[1].config)
+    for implementation in ("sdpa", "pat", "pat"):
+        made = {"dtype": torch.bfloat16, "attn_implementation": implementation}
+        AutoModelForCausalLM.from_config(config, **made)
         assert not ahead
-        assert bool(later) == (implementation == "pat")
-    for guess in later:
-        guess()
+        assert len(later) == (implementation == "pat")  # not once for every model
+    later[0]()
     ((keys, _, query_heads, _),) = ahead
-    dim = config.head_dim
-    assert keys.shape == (2, config.num_key_value_heads, pat_cache.PAGE_SIZE, dim)
+    assert keys.shape == (2, config.num_key_value_heads, pat_cache.PAGE_SIZE, config.head_dim)
     assert keys.is_meta
     assert keys.dtype == torch.bfloat16
     assert query_heads == config.num_attention_heads
 
 
-def test_models_that_there_is_nothing_to_compile_for_are_made_all_the_same(ahead, monkeypatch):
+def test_models_that_there_is_nothing_to_compile_for_are_made_all_the_same(ahead, later):
+    mamba = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=9, dtype="float16")
+    AutoModelForCausalLM.from_config(mamba, attn_implementation="pat")
+    config = copy.deepcopy(pair("Llama")[1].config)
+    AutoModel.from_config(config, attn_implementation="pat", dtype=torch.float16)  # can't generate
+    config.dtype = None  # may be changed before it is needed
+    LlamaForCausalLM(config)
+    assert config._attn_implementation == "pat"
+    assert not later
+
+
+def test_what_fails_ahead_fails_neither_pytorch_nor_the_model(ahead, later, monkeypatch):
+    monkeypatch.setattr(pat_cache, "compile_ahead", lambda *args: 1 / 0)
+    config = copy.deepcopy(pair("Llama")[1].config)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float16, attn_implementation="pat")
+    later[0]()
+
+
+def test_a_launch_waits_for_kernels_of_its_kind_alone(monkeypatch):
+    go, built, launched = threading.Event(), [], []
+
+    def build(launches, place, before):
+        launch._over(before)
+        if launches[0].arguments[0].is_meta:
+            go.wait(60)
+        built.append((launches[0].options["N"], place))
+
+    class Kernel:
+        __name__ = "kernel"
+
+        def __getitem__(self, grid):
+            return lambda *args, **options: launched.append(options["N"])
+
+    def of(n, device):
+        where = {"is_cuda": device == "cuda", "is_meta": device == "meta"}
+        pages = SimpleNamespace(device=torch.device(device), dtype=torch.float16, **where)
+        return launch.Launch(Kernel(), (1,), (pages,), {"N": n})
+
+    monkeypatch.setattr(launch, "_build", build)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    launch.begin([of(1, "meta")])
+    launch.run([of(2, "cuda")])
+    assert built == [(2, torch.device("cuda"))]
+    assert launched == [2]
+    launch.begin([of(1, "cuda")])
+    one = threading.Thread(target=launch.run, args=([of(1, "cuda")],))
+    one.start()
+    one.join(0.3)
+    assert launched == [2]
+    go.set()
+    one.join(60)
+    assert launched == [2, 1]
+    assert built[1:] == [(1, 3), (1, torch.device("cuda")), (1, torch.device("cuda"))]
+
+
+def test_what_has_no_place_yet_is_for_the_current_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(plan, "_processors_of", lambda index: (100 + index, 9))
+    assert plan.processors_of(torch.device("meta")) == (103, 9)
+    assert plan.processors_of(torch.device("cuda", 1)) == (101, 9)
+
+
+@pytest.fixture
+def later(monkeypatch):
+    """What waits for PyTorch to turn to a GPU, of a build for GPUs."""
+    waiting = []
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    config = MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=9)
-    AutoModelForCausalLM.from_config(config, attn_implementation="pat")
-    assert not ahead
-    AutoModelForCausalLM.from_config(pair("Llama")[1].config, attn_implementation="pat")
-    assert len(ahead) == 1
+    monkeypatch.setattr(torch.cuda, "_lazy_call", waiting.append)
+    return waiting
 
 
 @pytest.fixture
@@ -116,12 +183,14 @@ def main() -> None:
     compiled: list[str] = []
     loaded: list[str] = []
     launched: list[str] = []
+    prepared: list[str] = []
 
     def load(name, *args):
         loaded.append(name)
         return None, None, 0, 0, 1024
 
     def launcher(source, metadata):
+        prepared.append(source.fn.__name__)
         return lambda *args: launched.append(source.fn.__name__)
 
     utils = SimpleNamespace(
@@ -137,6 +206,7 @@ def main() -> None:
     )
     triton.runtime.driver.set_active(driver)
     torch.cuda.device = lambda device: nullcontext()
+    torch.cuda.current_device = lambda: 0
     forward.processors_of = lambda device: (132, 9)
     ops.backend = lambda device: "triton"
     torch.Tensor.is_cuda = True
@@ -148,7 +218,9 @@ def main() -> None:
         launch.wait()
         print(*sorted(set(compiled)) or ["nothing"])
         print(*sorted(loaded) or ["nothing"])
+        print(*sorted(prepared))
         compiled.clear()
+        prepared.clear()
     whole = torch.randn(5, 2, 8, 32, 128).half()  # pages of K and V side by side
     pages = whole.unbind(1)
     for rows, batch in ((9000, 1), (32, 32), (1, 1)):  # of a prefill, and of decode steps
