@@ -23,7 +23,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +37,7 @@ import torch
 import triton
 
 from pat_hf.cache.prefix_tree import PrefixTree
-from pat_hf.kernels import forward, hopper, plan
+from pat_hf.kernels import hopper, plan
 from pat_hf.kernels.ops import attention
 from pat_hf.kernels.plan import Heads, Machine, Nodes, make_plan
 
@@ -188,13 +188,6 @@ def _heads(text: str) -> Heads:
     return Heads(query, kv, DIM, DIM, 2)
 
 
-class Nothing:
-    """A kernel that is not launched."""
-
-    def __getitem__(self, grid: object) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
-
-
 @contextmanager
 def left_out(idea: str | None, processors: int, heads: Heads) -> Iterator[Machine]:
     """The machine to plan for, and kernels, with one of the ideas left out.
@@ -224,12 +217,12 @@ def left_out(idea: str | None, processors: int, heads: Heads) -> Iterator[Machin
         if idea == "cuts":
             # Tiles cost so much to start that only their number counts.
             cut = plan._cut_rows
-            dear = lambda *args: cut(*args[:-1], start=1e30)  # noqa: E731
+            dear = lambda *args: cut(*args[:-1], args[-1] + 1e30)  # noqa: E731
             stack.enter_context(mock.patch.object(plan, "_cut_rows", dear))
         if idea == "pieces":
             stack.enter_context(mock.patch.object(hopper, "PIECE", plan._CHUNK))
         if idea == "merge":
-            stack.enter_context(mock.patch.object(forward, "merge_kernel", Nothing()))
+            stack.enter_context(mock.patch.object(plan.Plan, "merges", False))
         for name in ("gpu", "of"):
             stack.enter_context(mock.patch.object(Machine, name, staticmethod(lambda *_: machine)))
         yield machine

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import threading
+import time
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -1254,7 +1255,10 @@ class PATCache(Cache):
 
 
 def compile_for(
-    config: PretrainedConfig, dtype: torch.dtype, device: torch.device, page_size: int = PAGE_SIZE
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    page_size: int = PAGE_SIZE,
 ) -> None:
     """Has what a model's layers run compiled, once in a process, beside what the caller does.
 
@@ -1263,28 +1267,41 @@ def compile_for(
     Args:
         config: of the text decoder.
         dtype: of its keys and values.
-        device: theirs; "meta", while that isn't known: as soon as PyTorch turns to a GPU, for those
-            like the current one.
+        device: theirs; `None`, where that can't be told yet: the first GPU that PyTorch uses.
         page_size: of the cache.
     """
     if not (windowed(config) or latent(config)):
         softcap = getattr(config, "attn_logit_softcapping", None)
-        _compile_ahead(heads_of(config, dtype), page_size, dtype, device, softcap)
+        kind = heads_of(config, dtype), page_size, dtype, softcap
+        if device is None:
+            _compile_later(*kind)
+        else:
+            _compile_ahead(*kind, device)
+
+
+@functools.cache
+def _compile_later(*kind: Any) -> None:
+    def look() -> None:
+        with suppress(Exception):  # which whoever launches these kernels is going to meet
+            gpus = range(torch.cuda.device_count())
+            while not (used := [x for x in gpus if torch._C._cuda_hasPrimaryContext(x)]):
+                time.sleep(0.01)
+            _compile_ahead(*kind, torch.device("cuda", used[0]))
+
+    # To have CUDA initialized here would keep it from processes that are forked.
+    begin = threading.Thread(target=look, name="pat_hf", daemon=True).start
+    if torch.cuda.is_initialized():
+        begin()
+    else:
+        torch.cuda._lazy_call(begin)
 
 
 @functools.cache
 def _compile_ahead(
-    heads: Heads, page_size: int, dtype: torch.dtype, device: torch.device, softcap: float | None
+    heads: Heads, page_size: int, dtype: torch.dtype, softcap: float | None, device: torch.device
 ) -> None:
-    def begin() -> None:
-        with suppress(Exception):  # which whoever launches these kernels is going to meet
-            shapes = [(heads.kv, page_size, dim) for dim in (heads.key_dim, heads.value_dim)]
-            compile_ahead(*Memory.sample(shapes, dtype, device), heads.query, softcap)
-
-    if device.type != "meta" or torch.cuda.is_initialized():
-        begin()
-    else:
-        torch.cuda._lazy_call(begin)
+    shapes = [(heads.kv, page_size, dim) for dim in (heads.key_dim, heads.value_dim)]
+    compile_ahead(*Memory.sample(shapes, dtype, device), heads.query, softcap)
 
 
 def token_ids(

@@ -478,7 +478,7 @@ def _planned(
     out = q.new_empty(batch, length, query_heads, value_dim)
     partial = q.new_empty(width, query_heads, value_dim, dtype=torch.float32)
     lse = q.new_empty(width, query_heads, dtype=torch.float32)
-    pdl = (q.is_cuda or q.is_meta) and major >= 9
+    pdl = q.is_cuda and major >= 9
     call = _Call(
         q, k_pages, v_pages, plan, out, partial, lse, sinks,
         qk_scale=scale if softcap is not None else scale * LOG2E.value,

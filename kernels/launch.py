@@ -15,7 +15,7 @@ from triton.runtime.cache import triton_key
 class Launch(NamedTuple):
     """A kernel with its grid, arguments, and options: constants, and Triton's own.
 
-    The first argument is a tensor on the device that it runs on; on "meta", it can't run.
+    The first argument is a tensor on the device that it runs on.
     """
 
     kernel: Any
@@ -36,11 +36,9 @@ _begun: dict[Hashable, Future[None]] = {}  # by kind
 
 def begin(launches: Sequence[Launch]) -> None:
     """Starts to compile kernels in a thread, the longest first, once others of their kinds are."""
-    device = launches[0].arguments[0].device
-    place = torch.cuda.current_device() if device.type == "meta" else device
     kinds = [each.kind for each in launches]
     before = [_begun[kind] for kind in kinds if kind in _begun]
-    future = _behind.submit(_build, launches, place, before)
+    future = _behind.submit(_build, launches, before)
     _begun.update(dict.fromkeys(kinds, future))
 
 
@@ -66,40 +64,30 @@ def run(launches: Sequence[Launch], more: Callable[[], Sequence[Launch]] = list)
         Exception: what Triton does of a kernel that it can't compile or load.
     """
     if launches[0].arguments[0].is_cuda:
-        device = launches[0].arguments[0].device
-        kinds = device, *(each.kind for each in launches)
+        kinds = launches[0].arguments[0].device, *(each.kind for each in launches)
         if kinds not in _built:
             # Who compiles beside those that have begun holds both up, by Python's lock.
             begun = [_begun[kind] for kind in kinds if kind in _begun]
-            _build([*launches, *more()], device, begun)
+            _build([*launches, *more()], begun)
             _built.add(kinds)
     for kernel, grid, arguments, options in launches:
         kernel[grid](*arguments, **options)
 
 
-def _build(
-    launches: Sequence[Launch], place: torch.device | int, before: Sequence[Future[None]]
-) -> None:
-    """Has kernels compiled side by side, the longest first, and loaded; those on "meta" compiled
-    alone: their GPU need not be the one that is going to be used."""
+def _build(launches: Sequence[Launch], before: Sequence[Future[None]]) -> None:
+    """Has kernels compiled and loaded side by side, the longest first, behind others."""
     _over(before)
     # In a context of its own: Triton 3.6 leaves its mode on behind a kernel that fails.
-    contextvars.copy_context().run(_compile, launches, place)
+    contextvars.copy_context().run(_compile, launches, launches[0].arguments[0].device)
 
 
-def _compile(launches: Sequence[Launch], place: torch.device | int) -> None:
-    loads = not launches[0].arguments[0].is_meta
-
-    def finish(kernel) -> None:
-        kernel = kernel.result() if isinstance(kernel, triton.FutureKernel) else kernel
-        if loads:
-            with torch.cuda.device(place):
-                kernel.run  # noqa: B018
-        else:  # what launches it is compiled as well, and kept on disk
-            triton.runtime.driver.active.launcher_cls(kernel.src, kernel.metadata)
+def _compile(launches: Sequence[Launch], device: torch.device) -> None:
+    def load(kernel) -> None:
+        with torch.cuda.device(device):
+            (kernel.result() if isinstance(kernel, triton.FutureKernel) else kernel).run  # noqa: B018
 
     # Two at a time, for the first to have Python's lock half of the time at least.
-    with torch.cuda.device(place), ThreadPoolExecutor(2) as pool:
+    with torch.cuda.device(device), ThreadPoolExecutor(2) as pool:
         # Triton reads itself for this, and has a part of its own compiled; neither is quick.
         hashed = pool.submit(triton_key)
         triton.runtime.driver.active.get_current_device()
@@ -110,5 +98,5 @@ def _compile(launches: Sequence[Launch], place: torch.device | int) -> None:
                 for kernel, grid, arguments, options in launches
             ]
             # The longest last: who doesn't compile it has loaded the others by then.
-            finished = pool.map(finish, kernels[::-1])
-        list(finished)
+            loaded = pool.map(load, kernels[::-1])
+        list(loaded)

@@ -89,19 +89,17 @@ def compile_ahead(
     pages where there are no windows and no sinks. Their first calls wait for it.
 
     Args:
-        k_pages, v_pages: see `attention`; how many pages there are doesn't matter. On "meta": what
-            will be on a GPU like the current one, which is not touched.
+        k_pages, v_pages: see `attention`; how many pages there are doesn't matter.
         query_heads: of the q to come.
         softcap: see `attention`.
     """
-    if not (k_pages.is_meta and _has_triton() or backend(k_pages.device) == "triton"):
-        return
-    from pat_hf.kernels import forward, launch, store
+    if backend(k_pages.device) == "triton":
+        from pat_hf.kernels import forward, launch, store
 
-    attended = forward.likely(k_pages, v_pages, query_heads, softcap)
-    where = torch.empty(1, dtype=torch.int64, device=k_pages.device)
-    k, v = k_pages[:, :, :1], v_pages[:, :, :1]
-    launch.begin([*attended, store.store(k_pages, v_pages, k, v, where, where)])
+        attended = forward.likely(k_pages, v_pages, query_heads, softcap)
+        where = torch.empty(1, dtype=torch.int64, device=k_pages.device)
+        k, v = k_pages[:, :, :1], v_pages[:, :, :1]
+        launch.begin([*attended, store.store(k_pages, v_pages, k, v, where, where)])
 
 
 def store(

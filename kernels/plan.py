@@ -154,9 +154,9 @@ class Machine:
 
 
 def processors_of(device: torch.device) -> tuple[int, int]:
-    """Streaming multiprocessors and compute capability of a GPU, 0 for AMD's; on "meta" of the
-    current one; for the CPU, where kernels are interpreted, those to imitate."""
-    if device.type == "cpu":
+    """Streaming multiprocessors and compute capability of a GPU, 0 for AMD's; for the CPU, where
+    kernels are interpreted, those to imitate."""
+    if device.type != "cuda":
         return 2, 8
     return _processors_of(torch.cuda.current_device() if device.index is None else device.index)
 

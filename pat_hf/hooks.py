@@ -71,13 +71,13 @@ def _choose_attention(
     stock: Callable[..., Any], model: PreTrainedModel, *args: Any, **kwargs: Any
 ) -> str:
     """What attention a model has: where it is made with ours, the kernels are compiled while its
-    weights are loaded, from when PyTorch first turns to a GPU."""
+    weights are loaded, from when PyTorch first uses a GPU."""
     name = stock(model, *args, **kwargs)
     if name == "pat" and kwargs.get("is_init_check") and torch.version.cuda:
         with suppress(Exception):  # a PATCache will have compiled what can't be told here
             config = model.config.get_text_config(decoder=True)
             if model.can_generate() and config.dtype:
-                compile_for(config, config.dtype, torch.device("meta"))
+                compile_for(config, config.dtype)
     return name
 
 

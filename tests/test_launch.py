@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +32,7 @@ from models import pair  # noqa: E402
 
 pytest.importorskip("triton")
 
-from pat_hf.kernels import launch, plan  # noqa: E402
+from pat_hf.kernels import launch  # noqa: E402
 
 
 def test_what_is_compiled_ahead_is_all_that_a_prefill_and_steps_need(tmp_path):
@@ -42,14 +43,9 @@ def test_what_is_compiled_ahead_is_all_that_a_prefill_and_steps_need(tmp_path):
         [sys.executable, __file__], env=environment, capture_output=True, text=True
     )
     assert not done.returncode, done.stderr
-    lines = done.stdout.split("\n")[:9]
-    ahead, loaded, prepared, anew, then, again, calls, launched, asked = lines
+    ahead, loaded, calls, launched, asked = done.stdout.split("\n")[:5]
     assert ahead == "hopper_kernel merge_kernel store_kernel"
-    assert loaded == "nothing"
-    assert prepared == "hopper_kernel merge_kernel merge_kernel merge_kernel store_kernel"
-    assert anew == "nothing"
-    assert then == "hopper_kernel merge_kernel merge_kernel merge_kernel store_kernel"
-    assert again == prepared
+    assert loaded == "hopper_kernel merge_kernel merge_kernel merge_kernel store_kernel"
     assert calls == ""
     assert launched == "store_kernel hopper_kernel merge_kernel " * 3 + "hopper_kernel "
     assert asked == "once"
@@ -73,17 +69,20 @@ def test_a_cache_has_kernels_compiled_ahead_once(ahead):
     assert (query_heads, softcap) == (model.config.num_attention_heads, None)
 
 
-def test_a_model_has_kernels_compiled_from_when_pytorch_turns_to_a_gpu(ahead, later):
+def test_a_model_has_kernels_compiled_from_when_pytorch_uses_a_gpu(ahead, later):
     config = copy.deepcopy(pair("Llama")[1].config)
     for implementation in ("sdpa", "pat", "pat"):
         made = {"dtype": torch.bfloat16, "attn_implementation": implementation}
         AutoModelForCausalLM.from_config(config, **made)
-        assert not ahead
-        assert len(later) == (implementation == "pat")  # not once for every model
-    later[0]()
+        assert len(later.initialized) == (implementation == "pat")  # not once for every model
+    later.initialized[0]()
+    time.sleep(0.1)
+    assert not ahead
+    later.used.append(1)
+    later.wait(ahead)
     ((keys, _, query_heads, _),) = ahead
     assert keys.shape == (2, config.num_key_value_heads, pat_cache.PAGE_SIZE, config.head_dim)
-    assert keys.is_meta
+    assert later.asked == [torch.device("cuda", 1)]
     assert keys.dtype == torch.bfloat16
     assert query_heads == config.num_attention_heads
 
@@ -96,24 +95,31 @@ def test_models_that_there_is_nothing_to_compile_for_are_made_all_the_same(ahead
     config.dtype = None  # may be changed before it is needed
     LlamaForCausalLM(config)
     assert config._attn_implementation == "pat"
-    assert not later
+    assert not later.initialized
 
 
-def test_what_fails_ahead_fails_neither_pytorch_nor_the_model(ahead, later, monkeypatch):
-    monkeypatch.setattr(pat_cache, "compile_ahead", lambda *args: 1 / 0)
+def test_what_fails_ahead_fails_in_silence(ahead, later, monkeypatch, capfd):
+    failed = []
+    monkeypatch.setattr(pat_cache, "compile_ahead", lambda *args: failed.append(args) or 1 / 0)
     config = copy.deepcopy(pair("Llama")[1].config)
     AutoModelForCausalLM.from_config(config, dtype=torch.float16, attn_implementation="pat")
-    later[0]()
+    later.used.append(0)
+    later.initialized[0]()
+    later.wait(failed)
+    for thread in threading.enumerate():
+        if thread.name == "pat_hf":
+            thread.join(60)
+    assert capfd.readouterr().err == ""
 
 
 def test_a_launch_waits_for_kernels_of_its_kind_alone(monkeypatch):
     go, built, launched = threading.Event(), [], []
 
-    def build(launches, place, before):
+    def build(launches, before):
         launch._over(before)
-        if launches[0].arguments[0].is_meta:
+        if launches[0].arguments[0].device.index == 0:
             go.wait(60)
-        built.append((launches[0].options["N"], place))
+        built.append((launches[0].options["N"], launches[0].arguments[0].device.index))
 
     class Kernel:
         __name__ = "kernel"
@@ -121,42 +127,51 @@ def test_a_launch_waits_for_kernels_of_its_kind_alone(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **options: launched.append(options["N"])
 
-    def of(n, device):
-        where = {"is_cuda": device == "cuda", "is_meta": device == "meta"}
-        pages = SimpleNamespace(device=torch.device(device), dtype=torch.float16, **where)
+    def of(n, index):
+        device = torch.device("cuda", index)
+        pages = SimpleNamespace(device=device, dtype=torch.float16, is_cuda=True)
         return launch.Launch(Kernel(), (1,), (pages,), {"N": n})
 
     monkeypatch.setattr(launch, "_build", build)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    launch.begin([of(1, "meta")])
-    launch.run([of(2, "cuda")])
-    assert built == [(2, torch.device("cuda"))]
+    launch.begin([of(1, 0)])
+    launch.run([of(2, 1)])
+    assert built == [(2, 1)]
     assert launched == [2]
-    launch.begin([of(1, "cuda")])
-    one = threading.Thread(target=launch.run, args=([of(1, "cuda")],))
+    launch.begin([of(1, 1)])
+    one = threading.Thread(target=launch.run, args=([of(1, 1)],))
     one.start()
     one.join(0.3)
     assert launched == [2]
     go.set()
     one.join(60)
     assert launched == [2, 1]
-    assert built[1:] == [(1, 3), (1, torch.device("cuda")), (1, torch.device("cuda"))]
-
-
-def test_what_has_no_place_yet_is_for_the_current_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(plan, "_processors_of", lambda index: (100 + index, 9))
-    assert plan.processors_of(torch.device("meta")) == (103, 9)
-    assert plan.processors_of(torch.device("cuda", 1)) == (101, 9)
+    assert built[1:] == [(1, 0), (1, 1), (1, 1)]
 
 
 @pytest.fixture
 def later(monkeypatch):
-    """What waits for PyTorch to turn to a GPU, of a build for GPUs."""
-    waiting = []
+    """A build of PyTorch for GPUs: what waits for CUDA's initialization, and GPUs that are used."""
+    state = SimpleNamespace(initialized=[], used=[], asked=[])
+    sample = Memory.sample
+
+    def noted(shapes, dtype, device):
+        state.asked.append(device)
+        return sample(shapes, dtype, device)
+
+    def wait(done):
+        for _ in range(600):
+            if done:
+                return
+            time.sleep(0.1)
+
+    state.wait = wait
+    monkeypatch.setattr(Memory, "sample", staticmethod(noted))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "_lazy_call", waiting.append)
-    return waiting
+    monkeypatch.setattr(torch.cuda, "_lazy_call", state.initialized.append)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    used = lambda index: index in state.used  # noqa: E731
+    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", used, raising=False)
+    return state
 
 
 @pytest.fixture
@@ -164,13 +179,14 @@ def ahead(monkeypatch):
     """What is compiled ahead, for models that are taken to be on a GPU."""
     given, sample = [], Memory.sample
     monkeypatch.setattr(PreTrainedModel, "device", torch.device("cuda", 0))
-    on_cpu = {"cuda": "cpu", "meta": "meta"}
-    imitated = lambda shapes, dtype, device: sample(shapes, dtype, on_cpu[device.type])  # noqa: E731
-    monkeypatch.setattr(Memory, "sample", staticmethod(imitated))
+    on_cpu = staticmethod(lambda shapes, dtype, _: sample(shapes, dtype, torch.device("cpu")))
+    monkeypatch.setattr(Memory, "sample", on_cpu)
     monkeypatch.setattr(pat_cache, "compile_ahead", lambda *args: given.append(args))
-    pat_cache._compile_ahead.cache_clear()
+    for once in (pat_cache._compile_ahead, pat_cache._compile_later):
+        once.cache_clear()
     yield given
-    pat_cache._compile_ahead.cache_clear()
+    for once in (pat_cache._compile_ahead, pat_cache._compile_later):
+        once.cache_clear()
 
 
 def main() -> None:
@@ -183,14 +199,12 @@ def main() -> None:
     compiled: list[str] = []
     loaded: list[str] = []
     launched: list[str] = []
-    prepared: list[str] = []
 
     def load(name, *args):
         loaded.append(name)
         return None, None, 0, 0, 1024
 
     def launcher(source, metadata):
-        prepared.append(source.fn.__name__)
         return lambda *args: launched.append(source.fn.__name__)
 
     utils = SimpleNamespace(
@@ -206,21 +220,17 @@ def main() -> None:
     )
     triton.runtime.driver.set_active(driver)
     torch.cuda.device = lambda device: nullcontext()
-    torch.cuda.current_device = lambda: 0
     forward.processors_of = lambda device: (132, 9)
     ops.backend = lambda device: "triton"
     torch.Tensor.is_cuda = True
     triton.knobs.runtime.jit_post_compile_hook = lambda **given: compiled.append(given["fn"].name)
 
     shapes = [(8, 32, 128)] * 2
-    for device in ("meta", "cpu"):
-        ops.compile_ahead(*Memory.sample(shapes, torch.float16, torch.device(device)), 32)
-        launch.wait()
-        print(*sorted(set(compiled)) or ["nothing"])
-        print(*sorted(loaded) or ["nothing"])
-        print(*sorted(prepared))
-        compiled.clear()
-        prepared.clear()
+    ops.compile_ahead(*Memory.sample(shapes, torch.float16, torch.device("cpu")), 32)
+    launch.wait()
+    print(*sorted(set(compiled)))
+    print(*sorted(loaded))
+    compiled.clear()
     whole = torch.randn(5, 2, 8, 32, 128).half()  # pages of K and V side by side
     pages = whole.unbind(1)
     for rows, batch in ((9000, 1), (32, 32), (1, 1)):  # of a prefill, and of decode steps
