@@ -189,12 +189,12 @@ def shares(results: dict) -> str:
                 share = mean(row["share"] for row in rows)
                 others = f"{mean(map(alike, rows)):.0%}" if least else ""
                 lines.append(f"| {name} | {len(rows)} | {size} | {share:.0%} | {others} |")
-    lost = {
-        idea: mean(row["without_us"][idea] / row["us"] for row in results["rows"])
-        for idea in results["rows"][0].get("without_us", ())
-    }
-    worth = "; ".join(f"without {IDEAS[idea]}, {times:.2f}x" for idea, times in lost.items())
-    return "\n".join(lines) + (f"\n\nTimes, geometric means: {worth}." if worth else "")
+    random = [row for row in results["rows"] if row["tree"].startswith("seed")]
+    worth = []
+    for idea in random[0].get("without_us", ()):
+        times = [row["without_us"][idea] / row["us"] for row in random]
+        worth.append(f"{mean(times):.2f}x without {IDEAS[idea]} (at most {max(times):.2f}x)")
+    return "\n".join(lines) + f"\n\nThe random ones take {' and '.join(worth)}." * bool(worth)
 
 
 def mean(values: Iterable[float]) -> float:
