@@ -92,6 +92,9 @@ def test_models_that_there_is_nothing_to_compile_for_are_made_all_the_same(ahead
     AutoModelForCausalLM.from_config(mamba, attn_implementation="pat")
     config = copy.deepcopy(pair("Llama")[1].config)
     AutoModel.from_config(config, attn_implementation="pat", dtype=torch.float16)  # can't generate
+    made = {"dtype": torch.float16, "attn_implementation": "sdpa"}
+    stock = AutoModelForCausalLM.from_config(copy.deepcopy(config), **made)
+    stock.set_attn_implementation("pat")  # whose weights are there already
     config.dtype = None  # may be changed before it is needed
     LlamaForCausalLM(config)
     assert config._attn_implementation == "pat"
