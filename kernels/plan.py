@@ -587,23 +587,26 @@ def _cut_rows(
     seen -= np.bincount(begin + forest.queries, forest.tokens, rows + 2)
     cost = np.cumsum(seen)[:rows] + start[owner]
     of_full, index = _expand(-(-queries // room))
-    full = edges[of_full] + index * room[of_full]
-    full_cost = np.bincount(of_full, cost[full], len(packs))
-    worth = cost - (full_cost / queries)[owner] * np.arange(rows)
-    left = edges[owner + 1] - np.arange(rows)
-    size = np.minimum(room[owner], left)
-    for most in np.unique(room[queries > room]).tolist():
-        least = max(most - 63, 1)  # more would take the host longer than it is worth
-        some = np.flatnonzero((room[owner] == most) & (left > most))
-        ends = np.lib.stride_tricks.sliding_window_view(worth, most - least + 1)
-        size[some] = least + ends[some + least].argmin(1)
-    following, found = (np.arange(rows) + size).tolist(), [0]
-    while found[-1] < rows:
-        found.append(following[found[-1]])
-    early = np.array(found[:-1], np.int64)
-
-    chosen = np.bincount(owner[early], cost[early], len(packs)) < full_cost
-    first = np.sort(np.concatenate([full[~chosen[of_full]], early[chosen[owner[early]]]]))
+    first = full = edges[of_full] + index * room[of_full]
+    # However they are cut, a tile begins within each full one's rows, or just behind them.
+    least = np.minimum.reduceat(np.append(cost[1:], 0), full)[:-1] if rows else cost
+    if (cost[full[1:]] > least)[index[1:] > 0].any():
+        full_cost = np.bincount(of_full, cost[full], len(packs))
+        worth = cost - (full_cost / queries)[owner] * np.arange(rows)
+        left = edges[owner + 1] - np.arange(rows)
+        size = np.minimum(room[owner], left)
+        for most in np.unique(room[queries > room]).tolist():
+            # To look at more would take the host longer than it is worth.
+            fewest = max(most - 63, 1)
+            some = np.flatnonzero((room[owner] == most) & (left > most))
+            ends = np.lib.stride_tricks.sliding_window_view(worth, most - fewest + 1)
+            size[some] = fewest + ends[some + fewest].argmin(1)
+        following, found = (np.arange(rows) + size).tolist(), [0]
+        while found[-1] < rows:
+            found.append(following[found[-1]])
+        early = np.array(found[:-1], np.int64)
+        chosen = np.bincount(owner[early], cost[early], len(packs)) < full_cost
+        first = np.sort(np.concatenate([full[~chosen[of_full]], early[chosen[owner[early]]]]))
     last = np.append(first[1:], rows)[: len(first)]
     shift = forest.first[packs] - edges[:-1]
     return owner[first], first + shift[owner[first]], last + shift[owner[first]]
