@@ -100,15 +100,15 @@ def main() -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name = args.model or ("qwen3-8b" if device == "cuda" else "llama-100m")
-    kinds = {"attn_implementation": "pat"}
-    kinds["dtype"] = dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    source = args.model or ("qwen3-8b" if device == "cuda" else "llama-100m")
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    options = {"attn_implementation": "pat", "dtype": dtype}
     torch.manual_seed(0)
-    if name in MODELS:
+    if source in MODELS:
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(MODELS[name], **kinds)
+            model = AutoModelForCausalLM.from_config(MODELS[source], **options)
     else:
-        model = AutoModelForCausalLM.from_pretrained(name, device_map=device, **kinds)
+        model = AutoModelForCausalLM.from_pretrained(source, device_map=device, **options)
     model.eval()
     config = model.config
     named = {name: WORKLOADS[name] for name in args.workloads}

@@ -208,7 +208,7 @@ def _load_kv(
                 next_places,
                 _places(p_chunks, gl.minimum(i_c + CHUNKS, end - CHUNKS), advance, CHUNKS),
             )
-            # What is read of K and V drives the plan out of the L2.
+            # Where much is read, copies would wait for those loads else.
             _prefetch(p_chunks + gl.minimum(i_c + AHEAD * CHUNKS, end - 1) * CHUNK_COLUMNS)
             if n == 1:
                 # Behind several steps' keys and values, the queries would be late for the first.

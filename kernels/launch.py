@@ -36,19 +36,13 @@ _begun: dict[Hashable, Future[None]] = {}  # by kind
 
 def begin(launches: Sequence[Launch]) -> None:
     """Starts to compile kernels in a thread, the longest first, once others of their kinds are."""
-    kinds = [each.kind for each in launches]
-    before = [_begun[kind] for kind in kinds if kind in _begun]
-    future = _behind.submit(_build, launches, before)
-    _begun.update(dict.fromkeys(kinds, future))
+    future = _behind.submit(_build, launches, _alike(launches))
+    _begun.update((each.kind, future) for each in launches)
 
 
-def wait() -> None:
-    """Waits for all that has begun."""
-    _over(_begun.values())
-
-
-def _over(begun: Iterable[Future[None]]) -> None:
-    for future in begun:
+def wait(begun: Iterable[Future[None]] | None = None) -> None:
+    """Waits for what has begun; `None`: for all of it."""
+    for future in _begun.values() if begun is None else begun:
         future.exception()  # which whoever launches that kernel is going to meet
 
 
@@ -67,16 +61,20 @@ def run(launches: Sequence[Launch], more: Callable[[], Sequence[Launch]] = list)
         kinds = launches[0].arguments[0].device, *(each.kind for each in launches)
         if kinds not in _built:
             # Who compiles beside those that have begun holds both up, by Python's lock.
-            begun = [_begun[kind] for kind in kinds if kind in _begun]
-            _build([*launches, *more()], begun)
+            _build([*launches, *more()], _alike(launches))
             _built.add(kinds)
     for kernel, grid, arguments, options in launches:
         kernel[grid](*arguments, **options)
 
 
+def _alike(launches: Sequence[Launch]) -> list[Future[None]]:
+    """What has begun to compile kernels of their kinds."""
+    return [_begun[each.kind] for each in launches if each.kind in _begun]
+
+
 def _build(launches: Sequence[Launch], before: Sequence[Future[None]]) -> None:
     """Has kernels compiled and loaded side by side, the longest first, behind others."""
-    _over(before)
+    wait(before)
     # In a context of its own: Triton 3.6 leaves its mode on behind a kernel that fails.
     contextvars.copy_context().run(_compile, launches, launches[0].arguments[0].device)
 

@@ -119,7 +119,7 @@ def test_a_launch_waits_for_kernels_of_its_kind_alone(monkeypatch):
     go, built, launched = threading.Event(), [], []
 
     def build(launches, before):
-        launch._over(before)
+        launch.wait(before)
         if launches[0].arguments[0].device.index == 0:
             go.wait(60)
         built.append((launches[0].options["N"], launches[0].arguments[0].device.index))
@@ -136,6 +136,8 @@ def test_a_launch_waits_for_kernels_of_its_kind_alone(monkeypatch):
         return launch.Launch(Kernel(), (1,), (pages,), {"N": n})
 
     monkeypatch.setattr(launch, "_build", build)
+    monkeypatch.setattr(launch, "_begun", {})
+    monkeypatch.setattr(launch, "_built", set())
     launch.begin([of(1, 0)])
     launch.run([of(2, 1)])
     assert built == [(2, 1)]
