@@ -16,6 +16,7 @@ from pat_hf.cache.memory import Layout, Memory
 from pat_hf.cache.prefix_tree import Node
 from pat_hf.kernels.ops import store
 
+PAGE_SIZE = 32  # tokens in a page, if nothing else is said
 SINK = 0  # the page that takes the writes of padding tokens; no plan reads it
 
 

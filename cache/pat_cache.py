@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import threading
-import time
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,27 +15,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import nn
-from transformers import Cache, PretrainedConfig, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.utils import logging
 
 from pat_hf import adapters, rotary
 from pat_hf.cache import archive
 from pat_hf.cache.columns import Columns
-from pat_hf.cache.memory import Memory
-from pat_hf.cache.page_pool import SINK, HalfCopied, PagePool, PoolExhausted
+from pat_hf.cache.compilation import compile_for
+from pat_hf.cache.page_pool import PAGE_SIZE, SINK, HalfCopied, PagePool, PoolExhausted
 from pat_hf.cache.prefix_tree import Node, PrefixTree, Preorder
 from pat_hf.cache.report import Report, draw
 from pat_hf.cache.step import KVLength, Step
 from pat_hf.cache.store import Store
 from pat_hf.cache.workspace import lease
-from pat_hf.kernels.ops import backend, compile_ahead
-from pat_hf.kernels.plan import Heads, Machine, Nodes, OtherBlocks, Plan, make_plan
+from pat_hf.kernels.ops import backend
+from pat_hf.kernels.plan import Machine, Nodes, OtherBlocks, Plan, make_plan
 from pat_hf.norms import fused, rms_norms
 from pat_hf.support import (
     checkpoints,
     drops_out,
     heads_of,
-    latent,
     modules,
     supported_config,
     unwrapped,
@@ -48,7 +46,6 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
-PAGE_SIZE = 32  # tokens in a page, if nothing else is said
 _MODES = ("auto", "eager", "captured", "compiled")
 _AHEAD = 512  # new tokens of a request that pages are reserved for; longer answers add to them
 # Arguments of a forward beside which ids and positions tell K and V.
@@ -1252,56 +1249,6 @@ class PATCache(Cache):
             cache.store.keep_bytes = cache.store.pages(cache.prefixes) * cache.store.page_bytes
         cache.store.trim()
         return cache
-
-
-def compile_for(
-    config: PretrainedConfig,
-    dtype: torch.dtype,
-    device: torch.device | None = None,
-    page_size: int = PAGE_SIZE,
-) -> None:
-    """Has what a model's layers run compiled, once in a process, beside what the caller does.
-
-    Kernels for windows, and for latent attention, are compiled when they are called for.
-
-    Args:
-        config: of the text decoder.
-        dtype: of its keys and values.
-        device: theirs; `None`, where that can't be told yet: the first GPU that PyTorch uses.
-        page_size: of the cache.
-    """
-    if not (windowed(config) or latent(config)):
-        softcap = getattr(config, "attn_logit_softcapping", None)
-        kind = heads_of(config, dtype), page_size, dtype, softcap
-        if device is None:
-            _compile_later(*kind)
-        else:
-            _compile_ahead(*kind, device)
-
-
-@functools.cache
-def _compile_later(*kind: Any) -> None:
-    def look() -> None:
-        with suppress(Exception):  # which whoever launches these kernels is going to meet
-            gpus = range(torch.cuda.device_count())
-            while not (used := [x for x in gpus if torch._C._cuda_hasPrimaryContext(x)]):
-                time.sleep(0.01)
-            _compile_ahead(*kind, torch.device("cuda", used[0]))
-
-    # To have CUDA initialized here would keep it from processes that are forked.
-    begin = threading.Thread(target=look, name="pat_hf", daemon=True).start
-    if torch.cuda.is_initialized():
-        begin()
-    else:
-        torch.cuda._lazy_call(begin)
-
-
-@functools.cache
-def _compile_ahead(
-    heads: Heads, page_size: int, dtype: torch.dtype, softcap: float | None, device: torch.device
-) -> None:
-    shapes = [(heads.kv, page_size, dim) for dim in (heads.key_dim, heads.value_dim)]
-    compile_ahead(*Memory.sample(shapes, dtype, device), heads.query, softcap)
 
 
 def token_ids(

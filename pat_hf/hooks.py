@@ -15,7 +15,8 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers.generation import EosTokenCriteria, StoppingCriteriaList, utils
 
 from pat_hf import adapters, rotary
-from pat_hf.cache.pat_cache import TOLD, PATCache, compile_for
+from pat_hf.cache.compilation import compile_for
+from pat_hf.cache.pat_cache import TOLD, PATCache
 from pat_hf.graphs import Decoder
 from pat_hf.prefill import prefill
 from pat_hf.support import surely

@@ -23,8 +23,9 @@ from transformers import (
 )
 
 import pat_hf
-from pat_hf.cache import pat_cache
+from pat_hf.cache import compilation
 from pat_hf.cache.memory import Memory
+from pat_hf.cache.page_pool import PAGE_SIZE
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -81,7 +82,7 @@ def test_a_model_has_kernels_compiled_from_when_pytorch_uses_a_gpu(ahead, later)
     later.used.append(1)
     later.wait(ahead)
     ((keys, _, query_heads, _),) = ahead
-    assert keys.shape == (2, config.num_key_value_heads, pat_cache.PAGE_SIZE, config.head_dim)
+    assert keys.shape == (2, config.num_key_value_heads, PAGE_SIZE, config.head_dim)
     assert later.asked == [torch.device("cuda", 1)]
     assert keys.dtype == torch.bfloat16
     assert query_heads == config.num_attention_heads
@@ -103,7 +104,7 @@ def test_models_that_there_is_nothing_to_compile_for_are_made_all_the_same(ahead
 
 def test_what_fails_ahead_fails_in_silence(ahead, later, monkeypatch, capfd):
     failed = []
-    monkeypatch.setattr(pat_cache, "compile_ahead", lambda *args: failed.append(args) or 1 / 0)
+    monkeypatch.setattr(compilation, "compile_ahead", lambda *args: failed.append(args) or 1 / 0)
     config = copy.deepcopy(pair("Llama")[1].config)
     AutoModelForCausalLM.from_config(config, dtype=torch.float16, attn_implementation="pat")
     later.used.append(0)
@@ -186,11 +187,11 @@ def ahead(monkeypatch):
     monkeypatch.setattr(PreTrainedModel, "device", torch.device("cuda", 0))
     on_cpu = staticmethod(lambda shapes, dtype, _: sample(shapes, dtype, torch.device("cpu")))
     monkeypatch.setattr(Memory, "sample", on_cpu)
-    monkeypatch.setattr(pat_cache, "compile_ahead", lambda *args: given.append(args))
-    for once in (pat_cache._compile_ahead, pat_cache._compile_later):
+    monkeypatch.setattr(compilation, "compile_ahead", lambda *args: given.append(args))
+    for once in (compilation._compile_ahead, compilation._compile_later):
         once.cache_clear()
     yield given
-    for once in (pat_cache._compile_ahead, pat_cache._compile_later):
+    for once in (compilation._compile_ahead, compilation._compile_later):
         once.cache_clear()
 
 
