@@ -9,7 +9,8 @@ level of the tree: no Python loop over nodes or rows.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ _HEADER = 4 + 2 * len(TABLES)
 _ALIGN = 64
 _CHUNK = 32  # tokens; more waste more of a tile where nodes are short
 _NOWHERE, _FAR = -(1 << 30), 1 << 30
+_NEVER = 1e30  # what a shape costs that is not to be used
 
 
 class Nodes(NamedTuple):
@@ -409,25 +411,30 @@ def make_plan(
     node, position = np.asarray(node), np.asarray(position)
     _check(nodes, node, position, heads, page_size, ahead, window)
     forest = _compress(nodes, node, position, window)
-    known = np.where(node < 0, _NOWHERE, position)
+    where = position[forest.rows]
+    advance = _advance(nodes, forest, where, ahead)
 
-    def plans(tiles: _Tiles, *spreads: bool) -> list[Plan]:
-        runs = _runs(nodes, forest, tiles, position, ahead, window)
-        same = nodes, forest.rows, tiles, runs, known, page_size, heads, machine
-        return [Plan(_tables(*same, spread), heads) for spread in spreads]
+    def drafts(tiles: _Tiles, *spreads: bool) -> list[_Draft]:
+        runs = _runs(nodes, forest, tiles, where, advance, window)
+        same = len(where), tiles, runs, page_size, heads, machine
+        return [_draft(*same, spread) for spread in spreads]
 
-    tiles = _query_tiles(forest, heads, machine)
     # To search is not worth it for one forward, and there is nothing to choose where no block has
     # two halves.
-    if machine.narrow == 1 or ahead == 0 or not tiles.shape.any() or heads.group > machine.half:
-        return plans(tiles, False)[0]
+    search = machine.narrow < 1 and ahead != 0 and heads.group <= machine.half
+    search = search and forest.queries.max(initial=0) * heads.group > machine.shapes[0].rows
+    menus = [len(machine.shapes), 1] if search else [len(machine.shapes)]
+    packs, *smallest = _packs(forest, heads, machine, menus)
+    tiles = _query_tiles(forest, packs, heads, machine)
     # Where there are more tiles than queues, hardly one of them is cut.
     cut = np.count_nonzero(tiles.shape) < machine.shapes[-1].programs // heads.kv
-    made = plans(tiles, False, True) if cut else plans(tiles, False)
-    small = _query_tiles(forest, heads, replace(machine, shapes=machine.shapes[:1]))
-    if small.cost < 1.4 * tiles.cost:  # else much more would have to be read
-        made += plans(small, False)
-    return min(made, key=lambda plan: _duration(plan, machine))
+    search = search and tiles.shape.any()
+    made = drafts(tiles, False, True) if search and cut else drafts(tiles, False)
+    if search and smallest[0].cost < 1.4 * packs.cost:  # else much more would have to be read
+        made += drafts(_query_tiles(forest, smallest[0], heads, machine), False)
+    best = min(made, key=lambda draft: _duration(draft, heads, machine)) if made[1:] else made[0]
+    known = np.where(node < 0, _NOWHERE, position)
+    return Plan(_tables(nodes, forest.rows, best, known, heads, machine), heads)
 
 
 class _Forest(NamedTuple):
@@ -493,6 +500,64 @@ def _compress(nodes: Nodes, node: np.ndarray, position: np.ndarray, window: int 
     )
 
 
+class _Packs(NamedTuple):
+    """Which chains of the tree are read together."""
+
+    top: np.ndarray  # [C] the chain at the top of each one's pack
+    shape: np.ndarray  # [C] of its tiles
+    cost: float  # of all packs, see `_packs`
+
+
+def _packs(forest: _Forest, heads: Heads, machine: Machine, menus: Sequence[int]) -> list[_Packs]:
+    """Cuts the tree into packs of connected nodes.
+
+    A tile of a pack reads each node of it that any of its rows sees, and computes it for all of
+    them. What one reads again, or computes for nothing, is weighed against a partial for each query
+    at every edge that is cut: from the leaves up, the least cost of a subtree that is a pack's from
+    above, for each shape; and of one that is cut off.
+
+    Args:
+        menus: from how many of the machine's shapes, the smallest, to choose: once for each.
+    """
+    chains, count = len(forest.parent), len(machine.shapes)
+    cost = np.array([shape.cost for shape in machine.shapes], float)
+    on_menu = np.arange(count) < np.array(menus)[:, None]
+    price = np.where(on_menu, cost, _NEVER)[:, :, None]  # [M, S, 1]
+    start = price * np.array([[shape.start] for shape in machine.shapes])
+    tiles = -(-forest.queries // _room(heads, machine)[:, None])  # [S, C]
+    within = tiles * forest.tokens * price
+    starts = tiles * start
+    partials = forest.queries * (heads.partial_bytes * machine.partial / heads.token_bytes)
+    alone = np.empty((len(menus), chains))
+    best = np.empty((len(menus), chains), np.int64)
+    for begin, end in zip(forest.levels[-2::-1], forest.levels[:0:-1], strict=True):
+        level = slice(begin, end)
+        cost = within[:, :, level] + starts[:, :, level]
+        best[:, level] = cost.argmin(1)
+        alone[:, level] = cost.min(1) + partials[level]
+        if begin:
+            parent = forest.parent[level]
+            families = _starts(parent)
+            least = np.minimum(within[:, :, level], alone[:, None, level])
+            within[:, :, parent[families]] += np.add.reduceat(least, families, 2)
+    top = np.tile(np.arange(chains), (len(menus), 1))
+    menu = np.arange(len(menus))[:, None]
+    for begin, end in zip(forest.levels[1:-1], forest.levels[2:], strict=True):
+        level = slice(begin, end)
+        parent = forest.parent[level]
+        shape = best[:, parent]
+        joins = within[menu, shape, np.arange(begin, end)] <= alone[:, level]
+        top[:, level] = np.where(joins, top[:, parent], top[:, level])
+        best[:, level] = np.where(joins, shape, best[:, level])
+    costs = alone[:, : forest.levels[1]].sum(1) if chains else np.zeros(len(menus))
+    return [_Packs(*pack) for pack in zip(top, best, costs.tolist(), strict=True)]
+
+
+def _room(heads: Heads, machine: Machine) -> np.ndarray:
+    """Queries of a tile, of each shape."""
+    return np.array([max(shape.rows // heads.group, 1) for shape in machine.shapes])
+
+
 class _Tiles(NamedTuple):
     """Query tiles, sorted by shape."""
 
@@ -502,61 +567,22 @@ class _Tiles(NamedTuple):
     begin: np.ndarray  # [Q] first of rows, in that order
     end: np.ndarray  # [Q]
     shape: np.ndarray  # [Q] of the machine's
-    cost: float  # of all packs, see `_query_tiles`
 
 
-def _query_tiles(forest: _Forest, heads: Heads, machine: Machine) -> _Tiles:
-    """Cuts the tree into packs of connected nodes, and their rows into tiles.
-
-    A tile reads each node of the pack that any of its rows sees, and computes it for all of them.
-    What one reads again, or computes for nothing, is weighed against a partial for each query at
-    every edge that is cut: from the leaves up, the least cost of a subtree that is a pack's from
-    above, for each shape; and of one that is cut off.
-    """
-    chains, shapes = len(forest.parent), machine.shapes
-    room = np.array([max(shape.rows // heads.group, 1) for shape in shapes])
-    price = np.array([shape.cost for shape in shapes], float)
-    start = price * [shape.start for shape in shapes]
-    partial = heads.partial_bytes * machine.partial / heads.token_bytes
-    tiles = -(-forest.queries[:, None] // room)  # [C, S]
-    within = tiles * forest.tokens[:, None] * price
-    alone = np.empty(chains)
-    best = np.empty(chains, np.int64)
-    for begin, end in zip(forest.levels[-2::-1], forest.levels[:0:-1], strict=True):
-        level = slice(begin, end)
-        cost = within[level] + tiles[level] * start
-        best[level] = cost.argmin(1)
-        alone[level] = cost.min(1) + forest.queries[level] * partial
-        if begin:
-            parent = forest.parent[level]
-            families = _starts(parent)
-            least = np.minimum(within[level], alone[level, None])
-            within[parent[families]] += np.add.reduceat(least, families)
-    top = np.arange(chains)
-    for begin, end in zip(forest.levels[1:-1], forest.levels[2:], strict=True):
-        level = slice(begin, end)
-        parent = forest.parent[level]
-        shape = best[parent]
-        joins = within[np.arange(begin, end), shape] <= alone[level]
-        top[level] = np.where(joins, top[parent], top[level])
-        best[level] = np.where(joins, shape, best[level])
-
-    packs = np.flatnonzero(top == np.arange(chains))
-    number = np.empty(chains, np.int64)
-    number[packs] = np.arange(len(packs))
-    shape = best[packs]
-    pack, begin, end = _cut_rows(forest, number[top], packs, room[shape], start[shape])
-    most = [shape.rows for shape in shapes]
+def _query_tiles(forest: _Forest, packs: _Packs, heads: Heads, machine: Machine) -> _Tiles:
+    """Cuts the rows of packs into tiles, each of the smallest shape that they fit."""
+    tops = np.flatnonzero(packs.top == np.arange(len(packs.top)))
+    number = np.empty(len(packs.top), np.int64)
+    number[tops] = np.arange(len(tops))
+    shape = packs.shape[tops]
+    start = np.array([shape.cost * shape.start for shape in machine.shapes])
+    room = _room(heads, machine)
+    pack, begin, end = _cut_rows(forest, number[packs.top], tops, room[shape], start[shape])
+    most = [shape.rows for shape in machine.shapes]
     shape = np.searchsorted(most[:-1], (end - begin) * heads.group)
     order = _stable_argsort(shape, len(most))
     return _Tiles(
-        number[top[forest.chain]],
-        pack,
-        order,
-        begin[order],
-        end[order],
-        shape[order],
-        alone[: forest.levels[1]].sum() if chains else 0,
+        number[packs.top[forest.chain]], pack, order, begin[order], end[order], shape[order]
     )
 
 
@@ -625,14 +651,24 @@ class _Runs(NamedTuple):
     seen: np.ndarray  # [N] tokens that they see, or will, with those
 
 
+def _advance(nodes: Nodes, forest: _Forest, where: np.ndarray, ahead: int | None) -> int:
+    """By how much rows at positions `where` advance: all alike, until one reaches the end of its
+    node."""
+    bottom = nodes.start[forest.alive] + nodes.length[forest.alive]
+    own = np.diff(np.append(forest.begin, len(where)))
+    left = np.repeat(bottom, own) - 1 - where
+    return max(int(left.min(initial=ahead if ahead is not None else _FAR)), 0)
+
+
 def _runs(
     nodes: Nodes,
     forest: _Forest,
     tiles: _Tiles,
-    position: np.ndarray,
-    ahead: int | None,
+    where: np.ndarray,
+    advance: int,
     window: int | None,
 ) -> _Runs:
+    """What tiles read, for rows at positions `where` that may advance so far."""
     rank = np.empty(len(tiles.order), np.int64)
     rank[tiles.order] = np.arange(len(rank))
     rows = len(forest.rows)
@@ -648,14 +684,7 @@ def _runs(
     first = tiles.begin[tile]
     begin = np.maximum(forest.begin[owner], first)
     end = np.minimum(forest.end[owner], tiles.end[tile])
-    where = position[forest.rows]
     furthest, hindmost = extrema(where, begin, end)
-
-    # All rows advance alike, until one reaches the end of its node.
-    bottom = nodes.start[forest.alive] + nodes.length[forest.alive]
-    own = np.diff(np.append(forest.begin, len(where)))
-    left = np.repeat(bottom, own) - 1 - where
-    advance = max(int(left.min(initial=ahead if ahead is not None else _FAR)), 0)
     node = forest.alive[owner]
     seen = np.clip(furthest + advance + 1 - nodes.start[node], 1, nodes.length[node])
     runs = _Runs(
@@ -674,40 +703,60 @@ def extrema(values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> tuple[np.
     return tuple(f.reduceat(values, bounds)[::2] for f in (np.maximum, np.minimum))
 
 
-def _tables(
-    nodes: Nodes,
-    rows: np.ndarray,
+class _Draft(NamedTuple):
+    """A plan, but for the order of chunks in their blocks and what the tables say of them."""
+
+    runs: _Runs
+    run: np.ndarray  # [T] of each chunk
+    token: np.ndarray  # [T] its first, counted from its node's
+    queues: np.ndarray  # [L+1] first chunk of each queue
+    shapes: np.ndarray  # the table
+    blocks: np.ndarray  # the table
+    block: np.ndarray  # [T] of each chunk
+    step: np.ndarray  # [B] chunks of a step
+    begin: np.ndarray  # [T] rows of its block that a chunk is for
+    end: np.ndarray  # [T]
+    halves: tuple[np.ndarray, ...] | None  # see `_halves`
+    partial: np.ndarray  # see `_partials`
+    owners: np.ndarray
+    written: np.ndarray
+    page_size: int
+
+
+def _draft(
+    rows: int,
     tiles: _Tiles,
     runs: _Runs,
-    position: np.ndarray,
     page_size: int,
     heads: Heads,
     machine: Machine,
     spread: bool,
-) -> Tables:
-    """The tables of tiles.
+) -> _Draft:
+    """Cuts tiles into queues, and these into blocks.
 
     Args:
+        rows: that see anything.
         spread: whether what few of a tile's rows see is spread over all of its queues; else it is
             in queues of its own, which leave fewer partials.
     """
     sizes = np.array([shape.tokens or page_size for shape in machine.shapes])
     size = machine.chunk(page_size)
     step = (sizes // size)[tiles.shape]  # chunks of it
-    chunks, run, lengths = _chunks(nodes, runs, step, page_size, size)
+    run, token, lengths = _chunks(runs, step, size)
     tile_ptr = _offsets(lengths * step)
     if spread:
         first = _starts(runs.tile)
         counts = np.zeros(len(step), np.int64)
         counts[runs.tile[first]] = np.maximum.reduceat(runs.end, first)
-        of_run = runs.begin[run], runs.end[run], counts, runs.tile[run]
-        order, _, _ = _spread(*of_run, step, heads, machine)
-        if order is not None:
-            run, chunks = run[order], chunks[order]
+        of_run = runs.begin[run], runs.end[run], counts, runs.tile[run], step
+        halves = _halves(*of_run, heads, machine)
+        if halves is not None:
+            order, _ = _spread(*halves, runs.tile[run], step)
+            run, token = run[order], token[order]
 
     # Queues are cut from the steps of a shape, blocks from the query tiles where queues end.
     bounds = np.searchsorted(tiles.shape, np.arange(len(machine.shapes) + 1))
-    cut = np.zeros(len(chunks) + 1, bool)
+    cut = np.zeros(len(run) + 1, bool)
     for i, (shape, a, b) in enumerate(zip(machine.shapes, bounds, bounds[1:], strict=False)):
         some = lengths[a:b][lengths[a:b] > 0]  # a tile has none if its windows are empty
         if len(some):
@@ -717,42 +766,78 @@ def _tables(
     cut[-1] = True
     queues = np.flatnonzero(cut)
     cut[tile_ptr] = True
-    begin = np.flatnonzero(cut[:-1])
-    end = np.append(begin[1:], len(chunks))[: len(begin)]
-    blocks = np.empty((len(begin), COLUMNS["blocks"]), np.int32)
-    blocks[:, 2], blocks[:, 3] = begin, end
-    owners = np.zeros(0, np.int64)
-    written = np.zeros(len(position), bool)
-    if len(blocks):
-        # Of a tile, a block has the rows that its chunks are for.
-        tile = np.searchsorted(tile_ptr, begin, side="right") - 1
-        least = np.minimum.reduceat(runs.begin[run], begin)
-        counts = np.maximum.reduceat(runs.end[run], begin) - least
-        blocks[:, 0] = tiles.begin[tile] + least
-        blocks[:, 1] = blocks[:, 0] + counts
-        partial, owners, written[rows] = _partials(blocks[:, 0], counts, rows)
-        block = np.repeat(np.arange(len(blocks)), end - begin)
-        first, last = runs.begin[run] - least[block], runs.end[run] - least[block]
-        chunks[:, 5] = first + (last << 16)
-        order, pair, blocks[:, 4] = _spread(first, last, counts, block, step[tile], heads, machine)
-        chunks = chunks if order is None else chunks[order]
-        chunks[:, 6] = blocks[block, 0]
-        chunks[:, 7] = np.where(partial, np.cumsum(partial * counts) - counts, -1)[block]
-        chunks[:, 8] = _flags(chunks, counts[block], np.repeat(step, lengths), size) + pair
-        chunks[begin, 8] += 1
-
+    chunk = np.flatnonzero(cut)
     shapes = np.empty((len(machine.shapes), COLUMNS["shapes"]), np.int32)
     shapes[:, 0] = [shape.rows for shape in machine.shapes]
     shapes[:, 1] = sizes
-    for column, starts in ((2, begin), (4, queues)):
+    for column, starts in ((2, chunk[:-1]), (4, queues)):
         at = np.searchsorted(starts, tile_ptr[bounds])
         shapes[:, column], shapes[:, column + 1] = at[:-1], at[1:]
-    merge_rows = np.flatnonzero(~written)
-    first = np.searchsorted(begin, queues)
+
+    # Of a tile, a block has the rows that its chunks are for.
+    blocks = np.zeros((len(chunk) - 1, COLUMNS["blocks"]), np.int32)
+    blocks[:, 2], blocks[:, 3] = chunk[:-1], chunk[1:]
+    tile = np.searchsorted(tile_ptr, chunk[:-1], side="right") - 1
+    least, most = np.zeros((2, 0), np.int64)
+    if len(blocks):
+        least = np.minimum.reduceat(runs.begin[run], chunk[:-1])
+        most = np.maximum.reduceat(runs.end[run], chunk[:-1])
+    counts = most - least
+    blocks[:, 0] = tiles.begin[tile] + least
+    blocks[:, 1] = blocks[:, 0] + counts
+    block = np.repeat(np.arange(len(blocks)), np.diff(chunk))
+    begin, end, step = runs.begin[run] - least[block], runs.end[run] - least[block], step[tile]
+    halves = _halves(begin, end, counts, block, step, heads, machine)
+    if halves is not None:
+        blocks[:, 4] = 2 * halves[2] * step
+    return _Draft(
+        runs, run, token, queues, shapes, blocks, block, step, begin, end, halves,
+        *_partials(blocks[:, 0], counts, rows), page_size,
+    )  # fmt: skip
+
+
+def _tables(
+    nodes: Nodes,
+    rows: np.ndarray,
+    draft: _Draft,
+    position: np.ndarray,
+    heads: Heads,
+    machine: Machine,
+) -> Tables:
+    """The tables of a draft; the rows are `_Forest.rows`, the positions of all."""
+    run, token, begin, end, pair = draft.run, draft.token, draft.begin, draft.end, 0
+    blocks, block, size = draft.blocks, draft.block, machine.chunk(draft.page_size)
+    if draft.halves is not None:
+        order, pair = _spread(*draft.halves, block, draft.step)
+        run, token, begin, end = run[order], token[order], begin[order], end[order]
+    counts = blocks[:, 1] - blocks[:, 0]
+    node = draft.runs.node[run]
+    length, first = nodes.length[node], nodes.start[node] + token
+    shift = draft.page_size.bit_length() - 1
+    inside = np.minimum(token, (length - 1) // size * size)
+    page = np.asarray(nodes.pages, np.int32)[nodes.page_ptr[node] + (inside >> shift)]
+    chunks = np.empty((len(run), COLUMNS["chunks"]), np.int32)
+    chunks[:, 0] = (page << shift) + (inside & (draft.page_size - 1))
+    chunks[:, 1] = np.minimum(np.maximum(length - token, 0), size)
+    chunks[:, 2] = first
+    chunks[:, 3] = draft.runs.furthest[run] + 1 - first
+    chunks[:, 4] = draft.runs.hindmost[run] + 1 - first
+    chunks[:, 5] = begin + (end << 16)
+    chunks[:, 6] = blocks[block, 0]
+    slot = np.where(draft.partial, np.cumsum(draft.partial * counts) - counts, -1)
+    chunks[:, 7] = slot[block]
+    step = np.repeat(draft.step, (blocks[:, 3] - blocks[:, 2]) // draft.step)
+    chunks[:, 8] = _flags(chunks, counts[block], step, size) + pair
+    chunks[blocks[:, 2], 8] += 1
+
+    first = np.searchsorted(blocks[:, 2], draft.queues)
     of_first = np.append(blocks[:, [0, 1, 4]], [[0, 0, 0]], 0)[first]
+    written, owners = np.zeros(len(position), bool), rows[draft.owners]
+    written[rows] = draft.written
+    merge_rows = np.flatnonzero(~written)
     return Tables(
-        shapes,
-        np.column_stack([queues, first, of_first]).astype(np.int32),
+        draft.shapes,
+        np.column_stack([draft.queues, first, of_first]).astype(np.int32),
         chunks,
         blocks,
         rows.astype(np.int32),
@@ -760,18 +845,16 @@ def _tables(
         merge_rows.astype(np.int32),
         _offsets(np.bincount(owners, minlength=len(position))[merge_rows]).astype(np.int32),
         position.astype(np.int32),
-        page_size,
+        draft.page_size,
     )
 
 
-def _chunks(
-    nodes: Nodes, runs: _Runs, step: np.ndarray, page_size: int, size: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _chunks(runs: _Runs, step: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The chunks of each tile, filled up to whole steps of `step` [Q] chunks of `size` tokens.
 
     Returns:
-        int32 [T, 9], of which what depends on blocks is still missing; the run of each, int
-        [T]; and the steps of each tile, int [Q].
+        The run of each chunk, int [T]; its first token, counted from the node's; and the steps of
+        each tile, int [Q].
     """
     skipped = runs.past // size
     counts = -(-runs.seen // size) - skipped
@@ -780,41 +863,27 @@ def _chunks(
     last = np.append(_starts(runs.tile), len(runs.tile))[1:] - 1
     counts[last] += (lengths * step - full)[runs.tile[last]]
     run, token = _expand(counts)
-    token = (token + skipped[run]) * size
-    node = runs.node[run]
-    length, first = nodes.length[node], nodes.start[node] + token
-    chunks = np.empty((len(run), COLUMNS["chunks"]), np.int32)
-    shift = page_size.bit_length() - 1
-    inside = np.minimum(token, (length - 1) // size * size)
-    page = np.asarray(nodes.pages, np.int32)[nodes.page_ptr[node] + (inside >> shift)]
-    chunks[:, 0] = (page << shift) + (inside & (page_size - 1))
-    chunks[:, 1] = np.clip(length - token, 0, size)
-    chunks[:, 2] = first
-    chunks[:, 3] = runs.furthest[run] + 1 - first
-    chunks[:, 4] = runs.hindmost[run] + 1 - first
-    return chunks, run, lengths
+    return run, (token + skipped[run]) * size, lengths
 
 
-def _partials(
-    first: np.ndarray, counts: np.ndarray, rows: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _partials(first: np.ndarray, counts: np.ndarray, rows: int) -> tuple[np.ndarray, ...]:
     """Which blocks leave partials: all but those that are the only one of each of their rows.
 
     Args:
-        first, counts: [B] rows of a block are rows[first:first + counts].
+        first, counts: [B] rows of a block are first .. first + counts, of so many in all.
 
     Returns:
-        bool [B]; the row of each partial, in the order of the blocks; and bool [K], whether a block
-        writes a row's output.
+        bool [B]; the row of each partial, in the order of the blocks; and bool [rows], whether a
+        block writes a row's output.
     """
     entry, index = _expand(counts)
     entry = first[entry] + index
-    single = np.bincount(entry, minlength=len(rows))[entry] == 1
+    single = np.bincount(entry, minlength=rows)[entry] == 1
     partial = ~np.logical_and.reduceat(single, _offsets(counts)[:-1])
     waits = np.repeat(partial, counts)
-    written = np.zeros(len(rows), bool)
+    written = np.zeros(rows, bool)
     written[entry[~waits]] = True
-    return partial, rows[entry[waits]], written
+    return partial, entry[waits], written
 
 
 def _flags(chunks: np.ndarray, counts: np.ndarray, step: np.ndarray, size: int) -> np.ndarray:
@@ -831,29 +900,30 @@ def _flags(chunks: np.ndarray, counts: np.ndarray, step: np.ndarray, size: int) 
     return np.repeat(flags, step) + counts * 32
 
 
-def _duration(plan: Plan, machine: Machine) -> float:
+def _duration(draft: _Draft, heads: Heads, machine: Machine) -> float:
     """About how many steps a plan takes on a machine with halves: the longest queue, and a merge.
 
     What a byte of a partial costs here, 0.8 of one of K and V, goes with `Machine.narrow` by which
     of two plans was the faster one on an H200.
     """
-    tables = plan.tables
-    if not len(tables.blocks):
+    if not len(draft.blocks):
         return 0
     shape = machine.shapes[0]
-    rows, chunks = (np.diff(tables.blocks[:, i : i + 2])[:, 0] for i in (0, 2))
-    paired = np.where(rows * plan.heads.group <= machine.half, chunks, tables.blocks[:, 4])
-    steps = (chunks - (1 - machine.narrow) * paired) * machine.chunk(tables.page_size)
+    row, end_row, chunk, end_chunk, pairs = draft.blocks.T
+    chunks = end_chunk - chunk
+    paired = np.where((end_row - row) * heads.group <= machine.half, chunks, pairs)
+    steps = (chunks - (1 - machine.narrow) * paired) * machine.chunk(draft.page_size)
     blocks = (steps + shape.start) / shape.tokens
-    queues = np.repeat(np.add.reduceat(blocks, tables.queues[:-1, 1]), plan.heads.kv)
+    first = np.searchsorted(chunk, draft.queues[:-1])
+    queues = np.repeat(np.add.reduceat(blocks, first), heads.kv)
     longest = np.bincount(np.arange(len(queues)) % shape.programs, queues).max()
-    heads = plan.heads
-    moved = plan.partials * heads.kv * heads.partial_bytes
+    partials = len(draft.owners)
+    moved = partials * heads.kv * heads.partial_bytes
     read = shape.programs * shape.tokens * heads.token_bytes
-    return longest + 2 * (plan.partials > 0) + 0.8 * moved / read
+    return longest + 2 * (partials > 0) + 0.8 * moved / read
 
 
-def _spread(
+def _halves(
     begin: np.ndarray,
     end: np.ndarray,
     counts: np.ndarray,
@@ -861,7 +931,31 @@ def _spread(
     step: np.ndarray,
     heads: Heads,
     machine: Machine,
-) -> tuple[np.ndarray | None, np.ndarray | int, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+    """What `_spread` is to spread; `None`: nothing.
+
+    Args:
+        begin, end: [T] rows that chunks are for, counted from their block's first.
+        counts: [B] rows of a block.
+        block: [T] the chunks'.
+        step: [B] chunks of a step.
+
+    Returns:
+        bool [T], whether a chunk is for few of its block's rows; int [T], 1 or 2 if they are in one
+        half of these; and int [B], how many steps for either half are in pairs.
+    """
+    few = end - begin < counts[block]
+    if not machine.half or not few.any():
+        return None
+    side = np.where(end * heads.group <= machine.half, 1, 0)
+    side[begin * heads.group >= machine.half] = 2
+    sizes = np.bincount(block * 3 + side, minlength=3 * len(step)).reshape(-1, 3)
+    return few, side, sizes[:, 1:].min(1) // step
+
+
+def _spread(
+    few: np.ndarray, side: np.ndarray, pairs: np.ndarray, block: np.ndarray, step: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Spreads a block's steps for few of its rows evenly among those for all of them.
 
     The first wait for the memory; the others, that more blocks read, are in the L2 and wait for
@@ -871,25 +965,17 @@ def _spread(
     on that.
 
     Args:
-        begin, end: [T] rows that chunks are for, counted from their block's first.
-        counts: [B] rows of a block.
+        few, side, pairs: see `_halves`.
         block: [T] the chunks'.
         step: [B] chunks of a step.
 
     Returns:
-        The chunks' new order, if it is another; in that order, their flags of pairs, [T]; and how
-        many chunks of each block are in pairs.
+        The chunks' new order, [T]; and in that order, their flags of pairs.
     """
     blocks = len(step)
-    few = end - begin < counts[block]
-    if not machine.half or not few.any():
-        return None, 0, np.zeros(blocks, np.int64)
-    side = np.where(end * heads.group <= machine.half, 1, 0)
-    side[begin * heads.group >= machine.half] = 2
-    rank, sizes = _ranks(block * 3 + side, 3 * blocks)
-    pairs = sizes.reshape(-1, 3)[:, 1:].min(1) // step
+    rank, _ = _ranks(block * 3 + side, 3 * blocks)
     rank //= step[block]
-    side[rank >= pairs[block]] = 0
+    side = np.where(rank < pairs[block], side, 0)
     # The others, those for all rows first.
     inside, sizes = _ranks(block * 3 + np.where(side > 0, 2, few), 3 * blocks)
     common, rare = sizes.reshape(-1, 3)[:, :2].T
@@ -908,7 +994,7 @@ def _spread(
     behind = np.arange(len(side)) + np.where(side == 1, 2, 1) * size
     follower = np.minimum(behind, len(side) - 1)
     followed = (side[follower] > 0) & (block[follower] == block) & (behind < len(side))
-    return order, (side > 0) * 8 + followed * 16, 2 * pairs * step
+    return order, (side > 0) * 8 + followed * 16
 
 
 def _ranks(keys: np.ndarray, below: int) -> tuple[np.ndarray, np.ndarray]:

@@ -17,8 +17,10 @@ from pat_hf.kernels.plan import (
     Shape,
     _compress,
     _cut_rows,
-    _query_tiles,
+    _halves,
+    _packs,
     _spread,
+    _tables,
     make_plan,
 )
 
@@ -158,9 +160,13 @@ def assert_consistent(tables, heads, machine, page_size):
 def test_every_pair_once(case, machine):
     with mock.patch.object(planner, "_duration", wraps=planner._duration) as duration:
         plan = make_plan(*case[:5], machine)
-    for one in [call.args[0] for call in duration.call_args_list] or [plan]:
-        assert_consistent(one.tables, case.heads, machine, case.page_size)
-        assert_covers(one.tables, case, case.position)
+    rows = _compress(*case[:3], None).rows
+    for draft in [call.args[0] for call in duration.call_args_list] or [None]:
+        tables = plan.tables
+        if draft is not None:
+            tables = _tables(case.nodes, rows, draft, case.position, case.heads, machine)
+        assert_consistent(tables, case.heads, machine, case.page_size)
+        assert_covers(tables, case, case.position)
     fixed = make_plan(*case[:5], machine, ahead=0)
     assert_covers(fixed.tables, case, case.position)
     if machine.narrow == 1:  # else the packs may be others
@@ -197,7 +203,8 @@ def test_what_lies_before_the_windows_is_left_out(case, machine, window, steps):
     assert (chunks[:, 4] - window < size)[chunks[:, 1] > 0].all()
     # Short nodes may be read more often, where that is cheaper than to compute them for more rows.
     with_window, without = (
-        _query_tiles(_compress(*case[:3], x), case.heads, machine).cost for x in (window, None)
+        _packs(_compress(*case[:3], x), case.heads, machine, [len(machine.shapes)])[0].cost
+        for x in (window, None)
     )
     assert with_window <= without
 
@@ -373,9 +380,10 @@ def test_what_few_rows_see_is_spread_among_what_all_see():
 def test_a_block_begins_with_a_step_that_is_in_no_pair():
     heads, machine = HEADS._replace(query=1, kv=1), MACHINES[4]
     begin = np.array([0, 8] * 3 + [0])  # of 16 rows; the last step is for a half, but has no other
-    one = np.array([16]), np.zeros(7, np.int64), np.array([1])
-    order, flags, paired = _spread(begin, begin + 8, *one, heads, machine)
-    assert order.tolist() == [6, 0, 1, 2, 3, 4, 5] and paired == [6]
+    block, step = np.zeros(7, np.int64), np.array([1])
+    halves = _halves(begin, begin + 8, np.array([16]), block, step, heads, machine)
+    order, flags = _spread(*halves, block, step)
+    assert order.tolist() == [6, 0, 1, 2, 3, 4, 5] and halves[2] == [3]
     assert flags.tolist() == [16, 24, 24, 24, 24, 8, 8]
 
 
