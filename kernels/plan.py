@@ -9,7 +9,6 @@ level of the tree: no Python loop over nodes or rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,7 +21,6 @@ _HEADER = 4 + 2 * len(TABLES)
 _ALIGN = 64
 _CHUNK = 32  # tokens; more waste more of a tile where nodes are short
 _NOWHERE, _FAR = -(1 << 30), 1 << 30
-_NEVER = 1e30  # what a shape costs that is not to be used
 
 
 class Nodes(NamedTuple):
@@ -389,8 +387,8 @@ def make_plan(
     """Plans the attention of query rows over a prefix tree.
 
     A row attends to every token on the path from its root to `node` at a position up to its own.
-    For a decode step on Hopper, up to three plans are made, and the one that should take the least
-    time is returned: what few rows see in queues of its own, or spread over those of its tile, or
+    For a decode step on Hopper, up to three plans are drafted, and the one is made that should take
+    the least time: what few rows see in queues of its own, or spread over those of its tile, or
     blocks of the smallest shape alone.
 
     Args:
@@ -414,25 +412,26 @@ def make_plan(
     where = position[forest.rows]
     advance = _advance(nodes, forest, where, ahead)
 
-    def drafts(tiles: _Tiles, *spreads: bool) -> list[_Draft]:
-        runs = _runs(nodes, forest, tiles, where, advance, window)
-        same = len(where), tiles, runs, page_size, heads, machine
-        return [_draft(*same, spread) for spread in spreads]
+    def draft(tiles: _Tiles, runs: _Runs, spread: bool = False) -> _Draft:
+        return _draft(len(where), tiles, runs, page_size, heads, machine, spread)
 
+    packs = _packs(forest, heads, machine)
+    tiles = _query_tiles(forest, packs, heads, machine)
+    runs = _runs(nodes, forest, tiles, where, advance, window)
+    best = draft(tiles, runs)
     # To search is not worth it for one forward, and there is nothing to choose where no block has
     # two halves.
-    search = machine.narrow < 1 and ahead != 0 and heads.group <= machine.half
-    search = search and forest.queries.max(initial=0) * heads.group > machine.shapes[0].rows
-    menus = [len(machine.shapes), 1] if search else [len(machine.shapes)]
-    packs, *smallest = _packs(forest, heads, machine, menus)
-    tiles = _query_tiles(forest, packs, heads, machine)
-    # Where there are more tiles than queues, hardly one of them is cut.
-    cut = np.count_nonzero(tiles.shape) < machine.shapes[-1].programs // heads.kv
-    search = search and tiles.shape.any()
-    made = drafts(tiles, False, True) if search and cut else drafts(tiles, False)
-    if search and smallest[0].cost < 1.4 * packs.cost:  # else much more would have to be read
-        made += drafts(_query_tiles(forest, smallest[0], heads, machine), False)
-    best = min(made, key=lambda draft: _duration(draft, heads, machine)) if made[1:] else made[0]
+    wide = forest.queries.max(initial=0) * heads.group > machine.shapes[0].rows
+    if machine.narrow < 1 and ahead != 0 and heads.group <= machine.half and wide:
+        made = [best]
+        # Where there are more tiles than queues, hardly one of them is cut.
+        if np.count_nonzero(tiles.shape) < machine.shapes[-1].programs // heads.kv:
+            made.append(draft(tiles, runs, spread=True))
+        small = _whole_trees(forest, heads, machine)
+        if small.cost < 1.4 * packs.cost:  # else much more would have to be read
+            tiles = _query_tiles(forest, small, heads, machine)
+            made.append(draft(tiles, _runs(nodes, forest, tiles, where, advance, window)))
+        best = min(made, key=lambda each: _duration(each, heads, machine))
     known = np.where(node < 0, _NOWHERE, position)
     return Plan(_tables(nodes, forest.rows, best, known, heads, machine), heads)
 
@@ -508,49 +507,57 @@ class _Packs(NamedTuple):
     cost: float  # of all packs, see `_packs`
 
 
-def _packs(forest: _Forest, heads: Heads, machine: Machine, menus: Sequence[int]) -> list[_Packs]:
+def _packs(forest: _Forest, heads: Heads, machine: Machine) -> _Packs:
     """Cuts the tree into packs of connected nodes.
 
     A tile of a pack reads each node of it that any of its rows sees, and computes it for all of
     them. What one reads again, or computes for nothing, is weighed against a partial for each query
     at every edge that is cut: from the leaves up, the least cost of a subtree that is a pack's from
     above, for each shape; and of one that is cut off.
-
-    Args:
-        menus: from how many of the machine's shapes, the smallest, to choose: once for each.
     """
-    chains, count = len(forest.parent), len(machine.shapes)
-    cost = np.array([shape.cost for shape in machine.shapes], float)
-    on_menu = np.arange(count) < np.array(menus)[:, None]
-    price = np.where(on_menu, cost, _NEVER)[:, :, None]  # [M, S, 1]
-    start = price * np.array([[shape.start] for shape in machine.shapes])
+    chains = len(forest.parent)
+    price = np.array([[shape.cost] for shape in machine.shapes], float)
+    start = price * [[shape.start] for shape in machine.shapes]
     tiles = -(-forest.queries // _room(heads, machine)[:, None])  # [S, C]
     within = tiles * forest.tokens * price
     starts = tiles * start
-    partials = forest.queries * (heads.partial_bytes * machine.partial / heads.token_bytes)
-    alone = np.empty((len(menus), chains))
-    best = np.empty((len(menus), chains), np.int64)
+    partials = forest.queries * _partial(heads, machine)
+    alone = np.empty(chains)
+    best = np.empty(chains, np.int64)
     for begin, end in zip(forest.levels[-2::-1], forest.levels[:0:-1], strict=True):
         level = slice(begin, end)
-        cost = within[:, :, level] + starts[:, :, level]
-        best[:, level] = cost.argmin(1)
-        alone[:, level] = cost.min(1) + partials[level]
+        cost = within[:, level] + starts[:, level]
+        best[level] = cost.argmin(0)
+        alone[level] = cost.min(0) + partials[level]
         if begin:
             parent = forest.parent[level]
             families = _starts(parent)
-            least = np.minimum(within[:, :, level], alone[:, None, level])
-            within[:, :, parent[families]] += np.add.reduceat(least, families, 2)
-    top = np.tile(np.arange(chains), (len(menus), 1))
-    menu = np.arange(len(menus))[:, None]
+            least = np.minimum(within[:, level], alone[level])
+            within[:, parent[families]] += np.add.reduceat(least, families, 1)
+    top = np.arange(chains)
     for begin, end in zip(forest.levels[1:-1], forest.levels[2:], strict=True):
         level = slice(begin, end)
         parent = forest.parent[level]
-        shape = best[:, parent]
-        joins = within[menu, shape, np.arange(begin, end)] <= alone[:, level]
-        top[:, level] = np.where(joins, top[:, parent], top[:, level])
-        best[:, level] = np.where(joins, shape, best[:, level])
-    costs = alone[:, : forest.levels[1]].sum(1) if chains else np.zeros(len(menus))
-    return [_Packs(*pack) for pack in zip(top, best, costs.tolist(), strict=True)]
+        shape = best[parent]
+        joins = within[shape, np.arange(begin, end)] <= alone[level]
+        top[level] = np.where(joins, top[parent], top[level])
+        best[level] = np.where(joins, shape, best[level])
+    return _Packs(top, best, alone[: forest.levels[1]].sum() if chains else 0)
+
+
+def _whole_trees(forest: _Forest, heads: Heads, machine: Machine) -> _Packs:
+    """The packs if there is the smallest shape alone: no cut saves anything then."""
+    shape, roots = machine.shapes[0], slice(forest.levels[1])
+    tiles = -(-forest.queries // _room(heads, machine)[0])
+    top = np.searchsorted(forest.first[roots], forest.first, side="right") - 1
+    cost = shape.cost * (tiles @ forest.tokens + shape.start * tiles[roots].sum())
+    partials = forest.queries[roots].sum() * _partial(heads, machine)
+    return _Packs(top, np.zeros_like(top), cost + partials)
+
+
+def _partial(heads: Heads, machine: Machine) -> float:
+    """What a partial of a query costs, in tokens."""
+    return heads.partial_bytes * machine.partial / heads.token_bytes
 
 
 def _room(heads: Heads, machine: Machine) -> np.ndarray:
@@ -575,10 +582,10 @@ def _query_tiles(forest: _Forest, packs: _Packs, heads: Heads, machine: Machine)
     number = np.empty(len(packs.top), np.int64)
     number[tops] = np.arange(len(tops))
     shape = packs.shape[tops]
-    start = np.array([shape.cost * shape.start for shape in machine.shapes])
+    start = np.array([each.cost * each.start for each in machine.shapes])
     room = _room(heads, machine)
     pack, begin, end = _cut_rows(forest, number[packs.top], tops, room[shape], start[shape])
-    most = [shape.rows for shape in machine.shapes]
+    most = [each.rows for each in machine.shapes]
     shape = np.searchsorted(most[:-1], (end - begin) * heads.group)
     order = _stable_argsort(shape, len(most))
     return _Tiles(
@@ -716,8 +723,8 @@ class _Draft(NamedTuple):
     step: np.ndarray  # [B] chunks of a step
     begin: np.ndarray  # [T] rows of its block that a chunk is for
     end: np.ndarray  # [T]
-    halves: tuple[np.ndarray, ...] | None  # see `_halves`
-    partial: np.ndarray  # see `_partials`
+    halves: tuple[np.ndarray, np.ndarray, np.ndarray] | None  # what `_halves` returns
+    partial: np.ndarray  # this and the next two: what `_partials` returns
     owners: np.ndarray
     written: np.ndarray
     page_size: int
@@ -741,17 +748,17 @@ def _draft(
     """
     sizes = np.array([shape.tokens or page_size for shape in machine.shapes])
     size = machine.chunk(page_size)
-    step = (sizes // size)[tiles.shape]  # chunks of it
-    run, token, lengths = _chunks(runs, step, size)
-    tile_ptr = _offsets(lengths * step)
+    of_tile = (sizes // size)[tiles.shape]  # chunks of a step
+    run, token, lengths = _chunks(runs, of_tile, size)
+    tile_ptr = _offsets(lengths * of_tile)
     if spread:
         first = _starts(runs.tile)
-        counts = np.zeros(len(step), np.int64)
+        counts = np.zeros(len(of_tile), np.int64)
         counts[runs.tile[first]] = np.maximum.reduceat(runs.end, first)
-        of_run = runs.begin[run], runs.end[run], counts, runs.tile[run], step
+        of_run = runs.begin[run], runs.end[run], counts, runs.tile[run], of_tile
         halves = _halves(*of_run, heads, machine)
         if halves is not None:
-            order, _ = _spread(*halves, runs.tile[run], step)
+            order, _ = _spread(*halves, runs.tile[run], of_tile)
             run, token = run[order], token[order]
 
     # Queues are cut from the steps of a shape, blocks from the query tiles where queues end.
@@ -786,7 +793,8 @@ def _draft(
     blocks[:, 0] = tiles.begin[tile] + least
     blocks[:, 1] = blocks[:, 0] + counts
     block = np.repeat(np.arange(len(blocks)), np.diff(chunk))
-    begin, end, step = runs.begin[run] - least[block], runs.end[run] - least[block], step[tile]
+    step, first = of_tile[tile], least[block]
+    begin, end = runs.begin[run] - first, runs.end[run] - first
     halves = _halves(begin, end, counts, block, step, heads, machine)
     if halves is not None:
         blocks[:, 4] = 2 * halves[2] * step
@@ -805,29 +813,30 @@ def _tables(
     machine: Machine,
 ) -> Tables:
     """The tables of a draft; the rows are `_Forest.rows`, the positions of all."""
-    run, token, begin, end, pair = draft.run, draft.token, draft.begin, draft.end, 0
     blocks, block, size = draft.blocks, draft.block, machine.chunk(draft.page_size)
+    run, token, begin, end = draft.run, draft.token, draft.begin, draft.end
+    pair: np.ndarray | int = 0
     if draft.halves is not None:
         order, pair = _spread(*draft.halves, block, draft.step)
         run, token, begin, end = run[order], token[order], begin[order], end[order]
     counts = blocks[:, 1] - blocks[:, 0]
     node = draft.runs.node[run]
-    length, first = nodes.length[node], nodes.start[node] + token
+    length, start = nodes.length[node], nodes.start[node] + token
     shift = draft.page_size.bit_length() - 1
     inside = np.minimum(token, (length - 1) // size * size)
     page = np.asarray(nodes.pages, np.int32)[nodes.page_ptr[node] + (inside >> shift)]
     chunks = np.empty((len(run), COLUMNS["chunks"]), np.int32)
     chunks[:, 0] = (page << shift) + (inside & (draft.page_size - 1))
     chunks[:, 1] = np.minimum(np.maximum(length - token, 0), size)
-    chunks[:, 2] = first
-    chunks[:, 3] = draft.runs.furthest[run] + 1 - first
-    chunks[:, 4] = draft.runs.hindmost[run] + 1 - first
+    chunks[:, 2] = start
+    chunks[:, 3] = draft.runs.furthest[run] + 1 - start
+    chunks[:, 4] = draft.runs.hindmost[run] + 1 - start
     chunks[:, 5] = begin + (end << 16)
     chunks[:, 6] = blocks[block, 0]
     slot = np.where(draft.partial, np.cumsum(draft.partial * counts) - counts, -1)
     chunks[:, 7] = slot[block]
-    step = np.repeat(draft.step, (blocks[:, 3] - blocks[:, 2]) // draft.step)
-    chunks[:, 8] = _flags(chunks, counts[block], step, size) + pair
+    steps = np.repeat(draft.step, (blocks[:, 3] - blocks[:, 2]) // draft.step)
+    chunks[:, 8] = _flags(chunks, counts[block], steps, size) + pair
     chunks[blocks[:, 2], 8] += 1
 
     first = np.searchsorted(blocks[:, 2], draft.queues)
@@ -870,7 +879,8 @@ def _partials(first: np.ndarray, counts: np.ndarray, rows: int) -> tuple[np.ndar
     """Which blocks leave partials: all but those that are the only one of each of their rows.
 
     Args:
-        first, counts: [B] rows of a block are first .. first + counts, of so many in all.
+        first, counts: [B] rows of a block are first .. first + counts.
+        rows: of these, in all.
 
     Returns:
         bool [B]; the row of each partial, in the order of the blocks; and bool [rows], whether a
@@ -932,7 +942,8 @@ def _halves(
     heads: Heads,
     machine: Machine,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
-    """What `_spread` is to spread; `None`: nothing.
+    """Which chunks are for few of their block's rows, and which steps of theirs make pairs; `None`
+    if nothing is to be spread.
 
     Args:
         begin, end: [T] rows that chunks are for, counted from their block's first.
@@ -941,11 +952,10 @@ def _halves(
         step: [B] chunks of a step.
 
     Returns:
-        bool [T], whether a chunk is for few of its block's rows; int [T], 1 or 2 if they are in one
-        half of these; and int [B], how many steps for either half are in pairs.
+        bool [T], whether a chunk is for few of its block's rows; int [T], 1 or 2 if these are in
+        one half, else 0; and int [B], how many steps for either half are in pairs.
     """
-    few = end - begin < counts[block]
-    if not machine.half or not few.any():
+    if not machine.half or not (few := end - begin < counts[block]).any():
         return None
     side = np.where(end * heads.group <= machine.half, 1, 0)
     side[begin * heads.group >= machine.half] = 2

@@ -1,5 +1,6 @@
 """The plan: every row attends to every token of its path once, at the least traffic."""
 
+import itertools
 from unittest import mock
 
 import numpy as np
@@ -42,6 +43,23 @@ def plan_of(nodes, node, position=None, heads=HEADS, machine=MACHINES[0], ahead=
     if position is None:
         position = (nodes.start + nodes.length - 1)[node]
     return make_plan(nodes, node, np.array(position), heads, 16, machine, ahead)
+
+
+def drafts_of(*args, **kwargs):
+    """A plan, and beside it the arguments and results of each `_draft` for it."""
+    made, draft = [], planner._draft
+
+    def keep(*given):
+        made.append((given, draft(*given)))
+        return made[-1][1]
+
+    with mock.patch.object(planner, "_draft", keep):
+        return make_plan(*args, **kwargs), made
+
+
+def tables_of(draft, case: Case, machine):
+    rows = _compress(*case[:3], None).rows
+    return _tables(case.nodes, rows, draft, case.position, case.heads, machine)
 
 
 def reads(plan):
@@ -158,13 +176,8 @@ def assert_consistent(tables, heads, machine, page_size):
 @given(cases(), st.sampled_from(MACHINES))
 @settings(max_examples=150, deadline=None)
 def test_every_pair_once(case, machine):
-    with mock.patch.object(planner, "_duration", wraps=planner._duration) as duration:
-        plan = make_plan(*case[:5], machine)
-    rows = _compress(*case[:3], None).rows
-    for draft in [call.args[0] for call in duration.call_args_list] or [None]:
-        tables = plan.tables
-        if draft is not None:
-            tables = _tables(case.nodes, rows, draft, case.position, case.heads, machine)
+    plan, drafts = drafts_of(*case[:5], machine)
+    for tables in (plan.tables, *(tables_of(draft, case, machine) for _, draft in drafts)):
         assert_consistent(tables, case.heads, machine, case.page_size)
         assert_covers(tables, case, case.position)
     fixed = make_plan(*case[:5], machine, ahead=0)
@@ -203,8 +216,7 @@ def test_what_lies_before_the_windows_is_left_out(case, machine, window, steps):
     assert (chunks[:, 4] - window < size)[chunks[:, 1] > 0].all()
     # Short nodes may be read more often, where that is cheaper than to compute them for more rows.
     with_window, without = (
-        _packs(_compress(*case[:3], x), case.heads, machine, [len(machine.shapes)])[0].cost
-        for x in (window, None)
+        _packs(_compress(*case[:3], x), case.heads, machine).cost for x in (window, None)
     )
     assert with_window <= without
 
@@ -368,13 +380,74 @@ def test_a_long_run_is_split_evenly_among_the_queues():
 
 def test_what_few_rows_see_is_spread_among_what_all_see():
     heads = HEADS._replace(query=32, kv=8)
+    machine = Machine.gpu(132, heads, 9)
     nodes = nodes_of([0] + [1] * 32, [8192] + [256] * 32)
-    tables = plan_of(nodes, range(1, 33), heads=heads, machine=Machine.gpu(132, heads, 9)).tables
+    case = Case(nodes, np.arange(1, 33), np.full(32, 8192 + 255), heads, 16, 1)
+    tables = make_plan(*case[:5], machine).tables
+    assert_consistent(tables, heads, machine, 16)
+    assert_covers(tables, case, case.position)
     assert len(tables.blocks) == len(tables.queues) - 1 == 16
     for _, _, begin, end, paired in tables.blocks.tolist():
         flags = tables.chunks[begin:end:4, 8]  # of steps
         assert paired == 4 * 8
         assert "".join(".2"[flag] for flag in flags >> 3 & 1) == "..22" * 4
+
+
+@pytest.mark.parametrize(
+    "query, kv, groups, root, ahead, drafts",
+    [
+        (32, 8, 1, 64, None, [(False, True), (True, True), (False, False)]),
+        (32, 8, 1, 8192, None, [(False, True), (True, True)]),  # too dear to be read twice
+        (32, 8, 20, 64, None, [(False, True), (False, False)]),  # enough tiles for all queues
+        (32, 8, 1, 64, 0, [(False, True)]),
+        (16, 8, 1, 64, None, [(False, False)]),
+        (64, 1, 1, 64, None, [(False, True), (True, True), (False, False)]),
+        (128, 1, 1, 64, None, [(False, True)]),
+    ],
+)
+def test_what_is_drafted(query, kv, groups, root, ahead, drafts):
+    heads = HEADS._replace(query=query, kv=kv)
+    nodes = nodes_of([0, *[1] * 32] * groups, [root, *[256] * 32] * groups)
+    node = np.flatnonzero(nodes.parent >= 0)
+    position = (nodes.start + nodes.length - 1)[node]
+    machine = Machine.gpu(132, heads, 9)
+    _, made = drafts_of(nodes, node, position, heads, 16, machine, ahead)
+    assert [(given[-1], bool(given[1].shape.any())) for given, _ in made] == drafts
+
+
+def test_the_draft_that_should_take_the_least_time_is_made():
+    best = []
+    forests = (1, 32, 64, 256), (1, 64, 2048, 64), (1, 128, 8192, 512), (20, 40, 64, 256)
+    for trees, leaves, root, own in forests:
+        heads = HEADS._replace(query=32, kv=8)
+        machine = Machine.gpu(132, heads, 9)
+        nodes = nodes_of([0, *[1] * leaves] * trees, [root, *[own] * leaves] * trees)
+        node = np.flatnonzero(nodes.parent >= 0)
+        case = Case(nodes, node, np.full(len(node), root + own - 1), heads, 16, 1)
+        plan, drafts = drafts_of(*case[:5], machine)
+        made = [tables_of(draft, case, machine) for _, draft in drafts]
+        times = [_time(tables, heads) for tables in made]
+        given = [planner._duration(draft, heads, machine) for _, draft in drafts]
+        np.testing.assert_allclose(given, times)
+        best.append(int(np.argmin(times)))
+        assert all(map(np.array_equal, plan.tables, made[best[-1]]))
+    assert sorted(set(best)) == [0, 1, 2]
+
+
+def _time(tables, heads):
+    """About how many steps of 64 tokens the plan takes, a merge and its partials included."""
+    programs = np.zeros(132)
+    for i, (begin, end) in enumerate(itertools.pairwise(tables.queues[:, 0].tolist())):
+        time = 0
+        for row, end_row, first, last, pairs in tables.blocks.tolist():
+            if begin <= first < end:
+                cheap = last - first if (end_row - row) * heads.group <= 64 else pairs
+                time += 128 / 64 + (last - first - cheap / 4) * 16 / 64
+        for head in range(heads.kv):
+            programs[(i * heads.kv + head) % 132] += time
+    partials = int(tables.merge_ptr[-1])
+    moved = partials * heads.query * 2 * 129 * 4  # float32, written and read
+    return programs.max() + 2 * (partials > 0) + 0.8 * moved / (132 * 64 * 512)
 
 
 def test_a_block_begins_with_a_step_that_is_in_no_pair():
