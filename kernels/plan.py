@@ -547,7 +547,7 @@ def _packs(forest: _Forest, heads: Heads, machine: Machine) -> _Packs:
 
 def _whole_trees(forest: _Forest, heads: Heads, machine: Machine) -> _Packs:
     """The packs if there is the smallest shape alone: no cut saves anything then."""
-    shape, roots = machine.shapes[0], slice(forest.levels[1])
+    shape, roots = machine.shapes[0], slice(*forest.levels[:2])
     tiles = -(-forest.queries // _room(heads, machine)[0])
     top = np.searchsorted(forest.first[roots], forest.first, side="right") - 1
     cost = shape.cost * (tiles @ forest.tokens + shape.start * tiles[roots].sum())
@@ -716,7 +716,7 @@ class _Draft(NamedTuple):
     runs: _Runs
     run: np.ndarray  # [T] of each chunk
     token: np.ndarray  # [T] its first, counted from its node's
-    queues: np.ndarray  # [L+1] first chunk of each queue
+    queues: np.ndarray  # [L+1, 2] first chunk and first block of each queue
     shapes: np.ndarray  # the table
     blocks: np.ndarray  # the table
     block: np.ndarray  # [T] of each chunk
@@ -798,6 +798,7 @@ def _draft(
     halves = _halves(begin, end, counts, block, step, heads, machine)
     if halves is not None:
         blocks[:, 4] = 2 * halves[2] * step
+    queues = np.stack([queues, np.searchsorted(chunk[:-1], queues)], 1)
     return _Draft(
         runs, run, token, queues, shapes, blocks, block, step, begin, end, halves,
         *_partials(blocks[:, 0], counts, rows), page_size,
@@ -839,14 +840,13 @@ def _tables(
     chunks[:, 8] = _flags(chunks, counts[block], steps, size) + pair
     chunks[blocks[:, 2], 8] += 1
 
-    first = np.searchsorted(blocks[:, 2], draft.queues)
-    of_first = np.append(blocks[:, [0, 1, 4]], [[0, 0, 0]], 0)[first]
+    of_first = np.append(blocks[:, [0, 1, 4]], [[0, 0, 0]], 0)[draft.queues[:, 1]]
     written, owners = np.zeros(len(position), bool), rows[draft.owners]
     written[rows] = draft.written
     merge_rows = np.flatnonzero(~written)
     return Tables(
         draft.shapes,
-        np.column_stack([draft.queues, first, of_first]).astype(np.int32),
+        np.column_stack([draft.queues, of_first]).astype(np.int32),
         chunks,
         blocks,
         rows.astype(np.int32),
@@ -924,8 +924,7 @@ def _duration(draft: _Draft, heads: Heads, machine: Machine) -> float:
     paired = np.where((end_row - row) * heads.group <= machine.half, chunks, pairs)
     steps = (chunks - (1 - machine.narrow) * paired) * machine.chunk(draft.page_size)
     blocks = (steps + shape.start) / shape.tokens
-    first = np.searchsorted(chunk, draft.queues[:-1])
-    queues = np.repeat(np.add.reduceat(blocks, first), heads.kv)
+    queues = np.repeat(np.add.reduceat(blocks, draft.queues[:-1, 1]), heads.kv)
     longest = np.bincount(np.arange(len(queues)) % shape.programs, queues).max()
     partials = len(draft.owners)
     moved = partials * heads.kv * heads.partial_bytes

@@ -1,6 +1,7 @@
 """The plan: every row attends to every token of its path once, at the least traffic."""
 
 import itertools
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -22,6 +23,7 @@ from pat_hf.kernels.plan import (
     _packs,
     _spread,
     _tables,
+    _whole_trees,
     make_plan,
 )
 
@@ -329,6 +331,17 @@ def test_rows_are_cut_into_tiles_that_fit_and_cost_little(seed):
                 best[row] = (cost + best)[following].min()
             ours, fulls, bests = ours + mine, fulls + full, bests + best[0]
     assert fulls - ours > 0.6 * (fulls - bests)
+
+
+@given(cases(), st.sampled_from([1, 2, 4]))
+@settings(max_examples=100, deadline=None)
+def test_with_one_shape_no_cut_saves_anything(case, machine):
+    machine = replace(MACHINES[machine], shapes=MACHINES[machine].shapes[:1])
+    forest = _compress(*case[:3], None)
+    ours, searched = (pack(forest, case.heads, machine) for pack in (_whole_trees, _packs))
+    assert ours.top.tolist() == searched.top.tolist()
+    assert ours.shape.tolist() == searched.shape.tolist()
+    assert ours.cost == pytest.approx(searched.cost)
 
 
 def test_costs_count_bytes():
