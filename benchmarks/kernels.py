@@ -45,7 +45,7 @@ HERE = Path(__file__).parent
 DIM = 128
 BANDWIDTH, FLOPS = 4.3e12, 790e12
 FLOOR_US = 4.6  # of the peers' measurements; a higher one here would raise our shares alone
-IDEAS = ("packing", "tiles", "search", "order", "splitting", "merge", "cuts", "pieces")
+IDEAS = ("packing", "tiles", "search", "order", "claims", "splitting", "merge", "cuts", "pieces")
 TREES = (
     "1,10_4096,416",
     "1,256_256,32",
@@ -195,7 +195,7 @@ def left_out(idea: str | None, processors: int, heads: Heads) -> Iterator[Machin
     packing: each request reads all of its path. tiles: as wide as the widest shape, where rows are.
     search: one plan is made. order: steps are in the tree's, and all of a wide block's are for all
     of its rows.
-    splitting: no run of KV is cut.
+    claims: programs have all of their queues from the start. splitting: no run of KV is cut.
     cuts: query tiles are full, wherever they end. pieces: on Hopper, chunks are read whole.
     merge: not run, so the output is incomplete; what is saved is what the merge costs.
     """
@@ -208,6 +208,8 @@ def left_out(idea: str | None, processors: int, heads: Heads) -> Iterator[Machin
             machine = replace(machine, shapes=(*narrow, widest))
         if idea == "search":
             machine = replace(machine, narrow=1)
+        if idea == "claims":
+            machine = replace(machine, claims=False)
         if idea == "order":
             stack.enter_context(mock.patch.object(plan, "_halves", lambda *_: None))
         if idea == "splitting":

@@ -20,6 +20,7 @@ IDEAS = {
     "splitting": "splitting: no run of K and V is cut",
     "search": "search (ours): one plan is made, with blocks of up to 128 rows",
     "order": "order (ours): steps are in the tree's, and all of a block's are for all of its rows",
+    "claims": "claims (ours): programs have all of their queues from the start",
     "merge": "the merge kernel, its result missing: what it takes of the time",
     "cuts": "tiles that end where least is seen on both sides",
     "pieces": "reading chunks in pieces",

@@ -14,6 +14,7 @@ LOG2E = tl.constexpr(math.log2(math.e))
 ORIGIN = tl.constexpr(3)
 _AT = {name: 4 + 2 * i for i, name in enumerate(TABLES)}
 QUEUES_SIZE = tl.constexpr(_AT["queues"] + 1)
+CLAIMS = tl.constexpr(4 + 2 * len(TABLES))
 CHUNKS_AT = tl.constexpr(_AT["chunks"])
 BLOCKS_AT = tl.constexpr(_AT["blocks"])
 ROWS_AT = tl.constexpr(_AT["rows"])

@@ -7,6 +7,9 @@ come. Two groups of four compute: each has half of a block's rows, and of its st
 them; or every other step of a block of up to 64 rows, whose results are added up in shared memory;
 short ones of these they take in turn. While a group's matrix products with the values run, its
 weights for the next step are computed.
+
+If a plan has more queues than there are programs, a program that is through with one claims the
+next: the one of its warps that copies keys does, and tells the others.
 """
 
 from __future__ import annotations
@@ -34,6 +37,7 @@ from pat_hf.kernels.constants import (
     BLOCKS_AT,
     CHUNK_COLUMNS,
     CHUNKS_AT,
+    CLAIMS,
     END_BIT,
     FIRST_MASK,
     FLAGS,
@@ -133,6 +137,61 @@ def _wait(bars, n, flip: gl.constexpr = 0):
 
 
 @gluon.jit
+def _count(p, last):
+    """The number at p, to which a warp adds 1; if it is `last`, that becomes 0."""
+    return gl.inline_asm_elementwise(
+        """{
+            .reg .pred %first;
+            .reg .b32 %lane;
+            mov.b32 $0, 0;
+            mov.u32 %lane, %laneid;
+            setp.eq.u32 %first, %lane, 0;
+            @%first atom.relaxed.gpu.global.inc.u32 $0, [$1], $2;
+            shfl.sync.idx.b32 $0, $0, 0, 31, 0xffffffff;
+        }""",
+        "=&r,l,r", [p, last], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _first_ticket(plan, H: gl.constexpr):
+    """A program's first ticket, and how many queues there are, of all heads.
+
+    A ticket is the number of a queue, of one head, times two; plus 1 for a program's second queue,
+    its fourth, ..; below 0: there are no more.
+    """
+    queues = (gl.load(plan + QUEUES_SIZE) // QUEUE_COLUMNS - 1) * H
+    return gl.where(gl.program_id(0) < queues, gl.program_id(0) * 2, -1), queues
+
+
+@gluon.jit
+def _claim(claims, ticket, plan, queues):
+    """Claims the ticket behind this one, for all parts of the program."""
+    number, full, empty = claims
+    i_j = queues
+    if queues > gl.num_programs(0):
+        # Programs find none left once each, so all of them count to `queues`.
+        i_j = gl.num_programs(0) + _count(plan + CLAIMS, queues - 1)
+    behind = gl.where(i_j < queues, i_j * 2 + (ticket & 1 ^ 1), -1)
+    mbarrier.wait(empty.index(0), ticket & 1 ^ 1)
+    number.store(gl.full([32], behind, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    barrier()
+    mbarrier.arrive(full.index(0), count=1)
+    return behind
+
+
+@gluon.jit
+def _next_ticket(claims, ticket, WARPS: gl.constexpr):
+    """The ticket behind this one, as the part that claims them tells one of so many warps."""
+    number, full, empty = claims
+    mbarrier.wait(full.index(0), ticket & 1)
+    behind = gl.max(number.load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+    barrier()
+    mbarrier.arrive(empty.index(0), count=1)
+    return behind
+
+
+@gluon.jit
 def _places(p_chunks, i_c, advance, CHUNKS: gl.constexpr):
     """Where each chunk of a step lies, from chunk i_c on, and how many of its tokens any row sees;
     and the step's flags."""
@@ -173,6 +232,7 @@ def _load_kv(
     pieces,
     pipe,
     asked,
+    claims,
     plan,
     W,
     H: gl.constexpr,
@@ -180,10 +240,11 @@ def _load_kv(
     PAGE: gl.constexpr,
     HEAD: gl.constexpr,
     QUEUES: gl.constexpr,
+    LEADS: gl.constexpr,
 ):
     """Copies keys, or values, of the program's queues into a pipe: tiles, full, empty barriers.
 
-    What no row sees is left as it was.
+    What no row sees is left as it was. The one that leads claims the queues.
     """
     tiles, full, empty = pipe
     CHUNK: gl.constexpr = desc.block_type.shape[0]
@@ -191,11 +252,12 @@ def _load_kv(
     STAGES: gl.constexpr = tiles.shape[0]
     p_queues = plan + 2 * W + QUEUES
     p_chunks = plan + gl.load(plan + CHUNKS_AT)
-    queues = gl.load(plan + QUEUES_SIZE) // QUEUE_COLUMNS - 1
     advance = gl.load(plan + W) - gl.load(plan + ORIGIN)
     n = 0
     before, last = 0, 0  # flags of the steps n - 2 and n - 1
-    for i_j in range(gl.program_id(0), queues * H, gl.num_programs(0)):
+    ticket, queues = _first_ticket(plan, H)
+    while ticket >= 0:
+        i_j = ticket // 2
         i_h = i_j % H
         p_queue = p_queues + i_j // H * QUEUE_COLUMNS
         begin = gl.load(p_queue + QUEUE_CHUNK)
@@ -226,6 +288,10 @@ def _load_kv(
                 to = tiles.index(stage).slice(c * CHUNK, CHUNK)
                 _copy_chunk(desc, pieces, row, seen, full.index(stage), to)
             n += 1
+        if LEADS:
+            ticket = _claim(claims, ticket, plan, queues)
+        else:
+            ticket = _next_ticket(claims, ticket, 1)
 
 
 @gluon.jit
@@ -301,6 +367,7 @@ def _load_q(
     sq_h,
     pipe,
     asked,
+    claims,
     H: gl.constexpr,
     G: gl.constexpr,
     K: gl.constexpr,
@@ -312,11 +379,12 @@ def _load_q(
     p_queues = plan + 2 * W + QUEUES
     p_blocks = plan + gl.load(plan + BLOCKS_AT)
     p_rows = plan + gl.load(plan + ROWS_AT)
-    queues = gl.load(plan + QUEUES_SIZE) // QUEUE_COLUMNS - 1
     o_m = gl.arange(0, 64, layout=gl.BlockedLayout([1], [32], [1], [0]))
     n = 0
     turn = 0
-    for i_j in range(gl.program_id(0), queues * H, gl.num_programs(0)):
+    ticket, _ = _first_ticket(plan, H)
+    while ticket >= 0:
+        i_j = ticket // 2
         i_h = i_j % H
         p_queue = p_queues + i_j // H * QUEUE_COLUMNS
         p_end = p_queue + QUEUE_COLUMNS
@@ -344,6 +412,7 @@ def _load_q(
                 barrier()
                 mbarrier.arrive(full.index(0), count=1)
                 n += 1
+        ticket = _next_ticket(claims, ticket, 1)
 
 
 @gluon.jit
@@ -672,6 +741,7 @@ def _compute(
     exchange,
     my_turn,
     other_turn,
+    claims,
     H: gl.constexpr,
     G: gl.constexpr,
     V: gl.constexpr,
@@ -686,12 +756,13 @@ def _compute(
     p_chunks = plan + gl.load(plan + CHUNKS_AT)
     p_blocks = plan + gl.load(plan + BLOCKS_AT)
     advance = gl.load(plan + W) - gl.load(plan + ORIGIN)
-    queues = gl.load(plan + QUEUES_SIZE) // QUEUE_COLUMNS - 1
     n = 0  # steps of this program so far
     done = 0  # blocks of this group
     split = 0  # blocks that the groups shared: phases of `room`, `sent`, `taken`
     turn = 0  # blocks of one group alone
-    for i_j in range(gl.program_id(0), queues * H, gl.num_programs(0)):
+    ticket, _ = _first_ticket(plan, H)
+    while ticket >= 0:
+        i_j = ticket // 2
         i_h = i_j % H
         p_queue = p_queues + i_j // H * QUEUE_COLUMNS
         p_end = p_queue + QUEUE_COLUMNS
@@ -733,6 +804,7 @@ def _compute(
                     )  # fmt: skip
                 done += 1
             n += steps
+        ticket = _next_ticket(claims, ticket, 4)
 
 
 @gluon.jit
@@ -822,6 +894,11 @@ def hopper_kernel(
     taken = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     l_turn = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     r_turn = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
+    # The next ticket, once for each lane: where all read one, compute takes another register of
+    # the few that threads share, and other numbers leave these at each step.
+    c_number = gl.allocate_shared_memory(gl.int32, [32], PLAIN)
+    c_full = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
+    c_empty = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=BN // CHUNK)
         mbarrier.init(k_empty.index(i), count=2)
@@ -837,17 +914,19 @@ def hopper_kernel(
     mbarrier.init(taken.index(0), count=1)
     mbarrier.init(l_turn.index(0), count=1)
     mbarrier.init(r_turn.index(0), count=1)
+    mbarrier.init(c_full.index(0), count=1)
+    mbarrier.init(c_empty.index(0), count=5)  # all parts but the one that claims
     fence_async_shared()
     left, right = (q_left, n_left, l_full, l_empty), (q_right, n_right, r_full, r_empty)
     keys, values = (k_tiles, k_full, k_empty), (v_tiles, v_full, v_empty)
-    exchange = o_tiles, other_rows, room, sent, taken
+    exchange, claims = (o_tiles, other_rows, room, sent, taken), (c_number, c_full, c_empty)
     gl.warp_specialize(
         [
             (
                 _compute,
                 (
                     0, plan, out, partial, lse, sinks, qk_scale, softcap, W,
-                    left, keys, values, exchange, l_turn, r_turn,
+                    left, keys, values, exchange, l_turn, r_turn, claims,
                     H, G, V, CHUNK, QUEUES, USE_SOFTCAP, USE_SINKS,
                 ),
             ),
@@ -855,14 +934,26 @@ def hopper_kernel(
                 _compute,
                 (
                     1, plan, out, partial, lse, sinks, qk_scale, softcap, W,
-                    right, keys, values, exchange, r_turn, l_turn,
+                    right, keys, values, exchange, r_turn, l_turn, claims,
                     H, G, V, CHUNK, QUEUES, USE_SOFTCAP, USE_SINKS,
                 ),
             ),
-            (_load_kv, (k_desc, k_pieces, keys, asked, plan, W, H, P, KP, KH, QUEUES)),
-            (_load_kv, (v_desc, v_pieces, values, asked, plan, W, H, P, VP, VH, QUEUES)),
-            (_load_q, (0, q, plan, W, sq_r, sq_h, left, asked, H, G, K, BN // CHUNK, QUEUES)),
-            (_load_q, (1, q, plan, W, sq_r, sq_h, right, asked, H, G, K, BN // CHUNK, QUEUES)),
+            (
+                _load_kv,
+                (k_desc, k_pieces, keys, asked, claims, plan, W, H, P, KP, KH, QUEUES, True),
+            ),
+            (
+                _load_kv,
+                (v_desc, v_pieces, values, asked, claims, plan, W, H, P, VP, VH, QUEUES, False),
+            ),
+            (
+                _load_q,
+                (0, q, plan, W, sq_r, sq_h, left, asked, claims, H, G, K, BN // CHUNK, QUEUES),
+            ),
+            (
+                _load_q,
+                (1, q, plan, W, sq_r, sq_h, right, asked, claims, H, G, K, BN // CHUNK, QUEUES),
+            ),
         ],
         [4, 1, 1, 1, 1],
         [REGISTERS, 24, 24, 40, 40],

@@ -30,6 +30,7 @@ def attention(
         v_pages: [pages, KV heads, page size, value dim], in q's dtype.
         plan_tensor: int32 [1, 1, C, W], from `Plan.tensor`. It must be made for as many query rows,
             and for these heads and pages; on a GPU, where its values lie, that can't be looked at.
+            Kernels count in it, so calls that may run at the same time need a copy each.
         scale: factor of the scores, positive.
         window: a row sees the last `window` positions, its own included; `None`: all.
         softcap: scores become softcap * tanh(score / softcap); positive.

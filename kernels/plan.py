@@ -17,9 +17,10 @@ import torch
 
 TABLES = ("shapes", "queues", "chunks", "blocks", "rows", "slots", "merge_rows", "merge_ptr")
 COLUMNS = {"shapes": 6, "queues": 5, "chunks": 9, "blocks": 5}
-_HEADER = 4 + 2 * len(TABLES)
+_HEADER = 5 + 2 * len(TABLES)
 _ALIGN = 64
 _CHUNK = 32  # tokens; more waste more of a tile where nodes are short
+_CLAIMED = 0.2  # of what programs compute, where they claim queues: their memory's speeds differ
 _NOWHERE, _FAR = -(1 << 30), 1 << 30
 
 
@@ -98,12 +99,15 @@ class Machine:
         half: rows of a block that are computed apart from those behind them; 0: none are.
         narrow: what a step for those costs, one for more = 1. If that is less, `make_plan` tries
             other plans, too.
+        claims: whether a program that is through with its queue takes the next one that nobody has;
+            else it takes every so many-th.
     """
 
     shapes: tuple[Shape, ...]
     partial: float = 1
     half: int = 0
     narrow: float = 1
+    claims: bool = False
 
     @staticmethod
     def cpu() -> Machine:
@@ -130,7 +134,7 @@ class Machine:
                 Shape(64, 64, processors, 256, 1.0, 128),
                 Shape(128, 64, processors, 256, 1.0, 128),
             )
-            return Machine(shapes, partial=4, half=64, narrow=0.75)
+            return Machine(shapes, partial=4, half=64, narrow=0.75, claims=True)
         # Products on cores that are not made for them cost in proportion to the rows.
         dear = heads.itemsize > 2 or max(heads.key_dim, heads.value_dim) > 128
         shapes = (
@@ -238,6 +242,7 @@ class Plan:
         3                   the position of row 0 as planned: how far all have advanced since
         4 + 2 i, 5 + 2 i    offset in the tensor and size, in elements, of table i of
                             shapes, queues, chunks, blocks, rows, slots, merge_rows, merge_ptr
+        20                  queues that programs have claimed; 0 again when a kernel ends
     """
 
     tables: Tables
@@ -767,8 +772,8 @@ def _draft(
     for i, (shape, a, b) in enumerate(zip(machine.shapes, bounds, bounds[1:], strict=False)):
         some = lengths[a:b][lengths[a:b] > 0]  # a tile has none if its windows are empty
         if len(some):
-            programs = max(shape.programs // heads.kv, 1)
-            cuts = _cuts(some, programs, shape.least // int(sizes[i]))
+            programs, least = shape.programs / heads.kv, shape.least // int(sizes[i])
+            cuts = _cuts(some, programs, least, machine.claims)
             cut[tile_ptr[a] + cuts * (sizes[i] // size)] = True
     cut[-1] = True
     queues = np.flatnonzero(cut)
@@ -1015,19 +1020,28 @@ def _ranks(keys: np.ndarray, below: int) -> tuple[np.ndarray, np.ndarray]:
     return rank, sizes
 
 
-def _cuts(lengths: np.ndarray, queues: int, least: int) -> np.ndarray:
-    """Cuts query tiles of so many steps, laid end to end, into at most `queues` even queues.
+def _cuts(lengths: np.ndarray, programs: float, least: int, claims: bool) -> np.ndarray:
+    """Cuts query tiles of so many steps, laid end to end, into even queues, one for each program.
 
     A cut may fall inside a tile if it leaves `least` steps on both sides. To begin a tile counts
-    as a step.
+    as a step. But if programs claim queues, and tiles are short beside what a program does, these
+    stay whole; and the last of them are in short queues, for programs to end together.
 
     Returns:
         int64, where the queues begin, in steps; the last may be the end, and some of them equal.
     """
     ends = np.cumsum(lengths + 1)
     total = int(ends[-1])
-    queues = min(queues, total)
-    cut = np.arange(queues) * total // queues
+    queues = min(max(int(programs), 1), total)
+    share = total / programs
+    if claims and lengths.max() <= share * _CLAIMED / 2:
+        # The short ones take some twelfths of what is claimed: fewer wait, more end unevenly.
+        even = int(share * (1 - _CLAIMED))
+        short = max(2 * least, int(share * _CLAIMED / 12))
+        cut = np.append(np.arange(queues) * even, np.arange(queues * even, total, short))
+        least = total
+    else:
+        cut = np.arange(queues) * total // queues
     tile = np.searchsorted(ends, cut, side="right")
     length = lengths[tile]
     begin = ends[tile] - length - 1

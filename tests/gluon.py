@@ -168,6 +168,13 @@ def _load(p: Pointer, mask: Any = None, other: Any = 0) -> torch.Tensor:
     return x.long() if x.dtype == torch.int32 else x
 
 
+def _count(p: Pointer, last: Any) -> torch.Tensor:
+    """See `hopper._count`, which is the GPU's own."""
+    number = p.memory[p.offset].long()
+    p.memory[p.offset] = 0 if number >= last else number + 1
+    return number
+
+
 def _store(p: Pointer, x: Any, mask: Any = None, eviction_policy: str = "") -> None:
     offset, mask = p.inside(mask)
     x = torch.as_tensor(x, dtype=p.memory.dtype).expand(offset.shape)
@@ -307,7 +314,7 @@ class Kernel:
                 setattr(module, name, value.fn)
             elif isinstance(value, triton.language.constexpr):
                 setattr(module, name, value.value)
-        module._wait = _knowing(module._wait)
+        module._wait, module._count = _knowing(module._wait), _count
 
         def launch(*args: Any, **options: Any) -> None:
             known = inspect.signature(module.hopper_kernel).parameters

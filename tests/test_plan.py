@@ -121,7 +121,9 @@ def assert_consistent(tables, heads, machine, page_size):
     assert (chunks[:, 0] % size == 0).all()
     for i, (m, n, begin, end, queue, last_queue) in enumerate(shapes.tolist()):
         assert n == machine.shapes[i].tokens or n == page_size and not machine.shapes[i].tokens
-        assert last_queue - queue <= max(machine.shapes[i].programs // heads.kv, 1)
+        assert machine.claims or last_queue - queue <= max(
+            machine.shapes[i].programs // heads.kv, 1
+        )
         if begin < end:
             assert queues[queue] == blocks[begin, 2] and queues[last_queue] == blocks[end - 1, 3]
         rows = (blocks[begin:end, 1] - blocks[begin:end, 0]) * heads.group
@@ -389,6 +391,39 @@ def test_a_long_run_is_split_evenly_among_the_queues():
         assert steps.sum() == length + 2
         rows = tables.blocks[:, 1] - tables.blocks[:, 0]
         assert plan.partials == rows.sum()
+
+
+@pytest.mark.parametrize(
+    "kv, lengths", [(8, [1024] * 256), (1, [64, 250] * 800), (48, [4096] * 40)]
+)
+def test_programs_claim_the_last_of_many_short_tiles(kv, lengths):
+    heads = HEADS._replace(query=kv, kv=kv)
+    nodes = nodes_of([0] * len(lengths), lengths)
+    rows = np.arange(len(lengths))
+    case = Case(nodes, rows, nodes.length - 1, heads, 16, 1)
+    plan, fixed = (
+        make_plan(*case[:5], replace(Machine.gpu(132, heads, 9), claims=claims))
+        for claims in (True, False)
+    )
+    for tables in (plan.tables, fixed.tables):
+        assert_consistent(tables, heads, Machine.gpu(132, heads, 9), 16)
+        assert_covers(tables, case, case.position)
+    even = 132 // kv
+    assert len(fixed.tables.queues) - 1 == even and plan.partials == 0
+    steps, longest = np.diff(plan.tables.queues[:, 0]) // 4, -(-max(lengths) // 64)
+    share = steps.sum() * kv / 132
+    assert (abs(steps[:even] - 0.8 * share) < longest).all()
+    # A fifth is claimed, and what would be of programs that are too few for a queue of each head.
+    assert abs(steps[even:].sum() / steps.sum() - (1 - 0.8 * even * kv / 132)) < 0.05
+    assert steps[even:].max() <= max(longest, 8, share / 60) + longest
+
+
+def test_long_tiles_are_cut_in_even_queues():
+    heads, machine = HEADS._replace(query=8, kv=8), Machine.gpu(132, HEADS, 9)
+    nodes = nodes_of([0] * 40, [1024] * 40)  # 2.4 for each program, of those with 8 heads
+    tables = plan_of(nodes, range(40), heads=heads, machine=machine).tables
+    steps = np.diff(tables.queues[:, 0]) // 4
+    assert len(steps) == 16 and steps.max() - steps.min() <= 1
 
 
 def test_what_few_rows_see_is_spread_among_what_all_see():
