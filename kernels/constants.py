@@ -6,15 +6,15 @@ import math
 
 import triton.language as tl
 
-from pat_hf.kernels.plan import COLUMNS, TABLES
+from pat_hf.kernels.plan import COLUMNS, HEADER, TABLES
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
 # See `Plan` and `Tables`. In the header: a table's offset, behind which is its size.
 ORIGIN = tl.constexpr(3)
+CLAIMS = tl.constexpr(HEADER - 1)
 _AT = {name: 4 + 2 * i for i, name in enumerate(TABLES)}
 QUEUES_SIZE = tl.constexpr(_AT["queues"] + 1)
-CLAIMS = tl.constexpr(4 + 2 * len(TABLES))
 CHUNKS_AT = tl.constexpr(_AT["chunks"])
 BLOCKS_AT = tl.constexpr(_AT["blocks"])
 ROWS_AT = tl.constexpr(_AT["rows"])

@@ -133,6 +133,7 @@ def backend(device: torch.device | str) -> str:
     return "triton" if torch.device(device).type == "cuda" and _has_triton() else "torch"
 
 
+# On a GPU, the plan is written to, but is as before in the end: nobody has to know.
 # Without the tag, the compiler would copy pages that it has written to: it takes them for dense.
 @torch.library.custom_op("pat_hf::attention", mutates_args=(), tags=(torch.Tag.flexible_layout,))
 def _attention(

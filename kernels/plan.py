@@ -9,7 +9,7 @@ level of the tree: no Python loop over nodes or rows.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 
 TABLES = ("shapes", "queues", "chunks", "blocks", "rows", "slots", "merge_rows", "merge_ptr")
 COLUMNS = {"shapes": 6, "queues": 5, "chunks": 9, "blocks": 5}
-_HEADER = 5 + 2 * len(TABLES)
+HEADER = 5 + 2 * len(TABLES)
 _ALIGN = 64
 _CHUNK = 32  # tokens; more waste more of a tile where nodes are short
 _CLAIMED = 0.2  # of what programs compute, where they claim queues: their memory's speeds differ
@@ -100,7 +100,7 @@ class Machine:
         narrow: what a step for those costs, one for more = 1. If that is less, `make_plan` tries
             other plans, too.
         claims: whether a program that is through with its queue takes the next one that nobody has;
-            else it takes every so many-th.
+            else it takes every so many-th. Programs for layers with windows do so anyway.
     """
 
     shapes: tuple[Shape, ...]
@@ -242,7 +242,7 @@ class Plan:
         3                   the position of row 0 as planned: how far all have advanced since
         4 + 2 i, 5 + 2 i    offset in the tensor and size, in elements, of table i of
                             shapes, queues, chunks, blocks, rows, slots, merge_rows, merge_ptr
-        20                  queues that programs have claimed; 0 again when a kernel ends
+        20                  claims so far, also those that found no queue left; 0 between calls
     """
 
     tables: Tables
@@ -272,7 +272,7 @@ class Plan:
 
     @property
     def _width(self) -> int:
-        return max(len(self.tables.positions), self.partials, _HEADER)
+        return max(len(self.tables.positions), self.partials, HEADER)
 
     @property
     def _size(self) -> int:
@@ -335,7 +335,7 @@ class Plan:
         """The tables in a plan tensor: views of it on the CPU, copies from another device."""
         width = tensor.shape[-1]
         flat = tensor.cpu().numpy().reshape(-1)
-        header = flat[:_HEADER].tolist()
+        header = flat[:HEADER].tolist()
         tables = []
         for i, name in enumerate(TABLES):
             offset, size = header[4 + 2 * i], header[5 + 2 * i]
@@ -413,6 +413,8 @@ def make_plan(
     """
     node, position = np.asarray(node), np.asarray(position)
     _check(nodes, node, position, heads, page_size, ahead, window)
+    if window is not None:
+        machine = replace(machine, claims=False)
     forest = _compress(nodes, node, position, window)
     where = position[forest.rows]
     advance = _advance(nodes, forest, where, ahead)
@@ -916,7 +918,8 @@ def _flags(chunks: np.ndarray, counts: np.ndarray, step: np.ndarray, size: int) 
 
 
 def _duration(draft: _Draft, heads: Heads, machine: Machine) -> float:
-    """About how many steps a plan takes on a machine with halves: the longest queue, and a merge.
+    """About how many steps a plan takes on a machine with halves: queues, each taken by the program
+    that is through first, or by one after the other; and a merge.
 
     What a byte of a partial costs here, 0.8 of one of K and V, goes with `Machine.narrow` by which
     of two plans was the faster one on an H200.
@@ -930,11 +933,16 @@ def _duration(draft: _Draft, heads: Heads, machine: Machine) -> float:
     steps = (chunks - (1 - machine.narrow) * paired) * machine.chunk(draft.page_size)
     blocks = (steps + shape.start) / shape.tokens
     queues = np.repeat(np.add.reduceat(blocks, draft.queues[:-1, 1]), heads.kv)
-    longest = np.bincount(np.arange(len(queues)) % shape.programs, queues).max()
+    programs = np.zeros(shape.programs)
+    for begin in range(0, len(queues), shape.programs):
+        some = queues[begin : begin + shape.programs]
+        if machine.claims:
+            programs.sort()
+        programs[: len(some)] += some
     partials = len(draft.owners)
     moved = partials * heads.kv * heads.partial_bytes
     read = shape.programs * shape.tokens * heads.token_bytes
-    return longest + 2 * (partials > 0) + 0.8 * moved / read
+    return programs.max() + 2 * (partials > 0) + 0.8 * moved / read
 
 
 def _halves(
@@ -1027,8 +1035,11 @@ def _cuts(lengths: np.ndarray, programs: float, least: int, claims: bool) -> np.
     as a step. But if programs claim queues, and tiles are short beside what a program does, these
     stay whole; and the last of them are in short queues, for programs to end together.
 
+    Args:
+        programs: that there are for a KV head; what is left of a whole number has claimed queues.
+
     Returns:
-        int64, where the queues begin, in steps; the last may be the end, and some of them equal.
+        int64, where the queues begin, in steps; the last ones may be the end, some of them equal.
     """
     ends = np.cumsum(lengths + 1)
     total = int(ends[-1])

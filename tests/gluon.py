@@ -2,7 +2,8 @@
 
 Warps that have a part of their own are a thread each, and what they wait for waits in earnest. What
 is read or written out of bounds raises, and a wait that may end too early. Some copies come late.
-Layouts mean nothing here, nor does what is done ahead.
+Layouts mean nothing here, nor does what is done ahead. Programs run one after the other, so the
+first one claims all queues that there are to claim.
 """
 
 from __future__ import annotations

@@ -185,6 +185,25 @@ def _stack_bytes(cubin: bytes) -> int:
     return max(int(x) for x in re.findall(r"STACK:(\d+)", text.stdout + text.stderr))
 
 
+@pytest.mark.parametrize("processors", [1, 2])
+def test_each_queue_is_claimed_once(processors, monkeypatch):
+    count, counted = gluon._count, []
+    monkeypatch.setattr(gluon, "_count", lambda *args: counted.append(1) or count(*args))
+    monkeypatch.setattr(hopper, "hopper_kernel", gluon.Kernel())
+    monkeypatch.setattr(forward, "processors_of", lambda device: (processors, 9))
+    heads, size = Heads(4, 2, 64, 64, 2), 32
+    case = Case(nodes_of([0] * 50, [50] * 50, size), np.arange(50), np.full(50, 49), heads, size, 1)
+    for machine in (Machine.gpu(processors, heads, 9), Machine.gpu(1, heads, 9)):
+        plan = make_plan(*case[:5], machine)
+        tensor, queues = plan.tensor("cpu"), 2 * (len(plan.tables.queues) - 1)
+        q, k, v = pools(case, torch.float16, case.position)
+        for _ in range(2):
+            counted.clear()
+            forward.forward(q, k, v, tensor, scale=0.1, merge=plan.merges)
+            # All but the first one of each program; and each finds once that none is left.
+            assert len(counted) == (queues if queues > processors else 0)
+
+
 @pytest.mark.parametrize("advance, pieces", [(0, 2), (7, 2), (8, 3), (9, 3)])
 def test_of_a_chunk_what_is_seen_is_copied_alone(advance, pieces, monkeypatch):
     copied, copy = [], gluon._copy

@@ -93,7 +93,7 @@ SMALL = [
     # Wide blocks whose second half begins within a query token's heads, and goes on behind them.
     Check(334, heads=(12, 1), nodes=3, rows=12, longest=200, processors=1),
     # Programs claim the last queues.
-    Check(505, heads=(16, 1), nodes=60, rows=40, longest=200, processors=2),
+    Check(700, heads=(16, 1), nodes=60, rows=60, longest=100, processors=1),
     # Nothing to merge: a merge that is launched for nothing, and none.
     Check(407, nodes=3, rows=1),
     Check(408, nodes=3, rows=1),
