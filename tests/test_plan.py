@@ -416,6 +416,9 @@ def test_programs_claim_the_last_of_many_short_tiles(kv, lengths, short):
         assert_covers(tables, case, case.position)
     even = 132 // kv
     assert len(fixed.tables.queues) - 1 == even and plan.partials == 0
+    # Layers with windows have kernels whose programs claim nothing.
+    windowed = make_plan(*case[:5], Machine.gpu(132, heads, 9), window=1 << 20)
+    assert all(map(np.array_equal, windowed.tables, fixed.tables))
     steps, longest = np.diff(plan.tables.queues[:, 0]) // 4, -(-max(lengths) // 64)
     share = steps.sum() * kv / 132
     assert (abs(steps[:even] - 0.8 * share) < longest).all()
