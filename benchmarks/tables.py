@@ -149,18 +149,23 @@ def ideas(results: dict) -> str:
     """What is lost without each of PAT's ideas, and with PyTorch's dense attention."""
     rows = results["rows"]
     lost = {
-        idea: [row["without_us"][idea] / row["us"] for row in rows]
+        idea: {
+            row["tree"]: row["without_us"][idea] / row["us"]
+            for row in rows
+            if idea in row["without_us"]
+        }
         for idea in IDEAS
         if idea in rows[0]["without_us"]
     }
-    lost["all of it: PyTorch's SDPA over dense K and V"] = [
-        row["sdpa_us"] / row["us"] for row in rows
-    ]
+    lost["all of it: PyTorch's SDPA over dense K and V"] = {
+        row["tree"]: row["sdpa_us"] / row["us"] for row in rows
+    }
     lines = ["| without | time, with it = 1 | at most | at |", "| --- | --- | --- | --- |"]
     for idea, times in lost.items():
-        worst = rows[times.index(max(times))]["tree"]
+        worst = max(times, key=times.__getitem__)
         lines.append(
-            f"| {IDEAS.get(idea, idea)} | {mean(times):.2f}x | {max(times):.1f}x | {worst} |"
+            f"| {IDEAS.get(idea, idea)} | {mean(times.values()):.2f}x | {times[worst]:.2f}x "
+            f"| {worst} |"
         )
     heads = " and ".join(dict.fromkeys(row["heads"] for row in rows))
     return f"The {len(rows)} trees with {heads} heads, geometric means.\n\n" + "\n".join(lines)
@@ -169,9 +174,10 @@ def ideas(results: dict) -> str:
 def shares(results: dict) -> str:
     """Shares of the roofline on random trees and on those of a trace, beside regular ones'."""
     regular = json.loads((RESULTS / "kernels-h200.json").read_text())["rows"]
+    regular += [row for row in results["rows"] if row["tree"][0].isdigit()]
 
     def alike(row: dict) -> float:
-        """The share of the nearest in size of the 80 cases with the same heads."""
+        """The share of the regular tree that is nearest in size, with the same heads."""
         same = [x for x in regular if x["heads"] == row["heads"]]
         return min(same, key=lambda x: abs(math.log(x["kv_mb"] / row["kv_mb"])))["share"]
 

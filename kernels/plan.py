@@ -1046,9 +1046,8 @@ def _cuts(lengths: np.ndarray, programs: float, least: int, claims: bool) -> np.
     queues = min(max(int(programs), 1), total)
     share = total / programs
     if claims and lengths.max() <= share * _CLAIMED / 2:
-        # The short ones take some twelfths of what is claimed: fewer wait, more end unevenly.
-        even = int(share * (1 - _CLAIMED))
-        short = max(2 * least, int(share * _CLAIMED / 12))
+        # To claim a queue takes time, and where they are longer, programs end less evenly.
+        even, short = int(share * (1 - _CLAIMED)), max(8, int(share * _CLAIMED / 12))
         cut = np.append(np.arange(queues) * even, np.arange(queues * even, total, short))
         least = total
     else:
