@@ -192,7 +192,7 @@ def test_each_queue_is_claimed_once(processors, monkeypatch):
     monkeypatch.setattr(hopper, "hopper_kernel", gluon.Kernel())
     monkeypatch.setattr(forward, "processors_of", lambda device: (processors, 9))
     heads, size = Heads(4, 2, 64, 64, 2), 32
-    case = Case(nodes_of([0] * 50, [50] * 50, size), np.arange(50), np.full(50, 49), heads, size, 1)
+    case = Case(nodes_of([0] * 20, [50] * 20, size), np.arange(20), np.full(20, 49), heads, size, 1)
     for machine in (Machine.gpu(processors, heads, 9), Machine.gpu(1, heads, 9)):
         plan = make_plan(*case[:5], machine)
         tensor, queues = plan.tensor("cpu"), 2 * (len(plan.tables.queues) - 1)
