@@ -170,7 +170,7 @@ def _claim(claims, ticket, plan, queues):
     number, full, empty = claims
     i_j = queues
     if queues > gl.num_programs(0):
-        # All claims but one of each program find a queue, so there are `queues`, and it is 0 again.
+        # All claims but one of each program find a queue: there are `queues`, and the count is 0.
         i_j = gl.num_programs(0) + _count(plan + CLAIMS, queues - 1)
     behind = gl.where(i_j < queues, i_j * 2 + (ticket & 1 ^ 1), -1)
     mbarrier.wait(empty.index(0), ticket & 1 ^ 1)

@@ -20,7 +20,7 @@ COLUMNS = {"shapes": 6, "queues": 5, "chunks": 9, "blocks": 5}
 HEADER = 5 + 2 * len(TABLES)
 _ALIGN = 64
 _CHUNK = 32  # tokens; more waste more of a tile where nodes are short
-_CLAIMED = 0.2  # of what programs compute, where they claim queues: their memory's speeds differ
+_CLAIMED = 0.2  # of the steps are in queues to claim: the memory serves some programs faster
 _NOWHERE, _FAR = -(1 << 30), 1 << 30
 
 
