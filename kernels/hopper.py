@@ -894,8 +894,8 @@ def hopper_kernel(
     taken = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     l_turn = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     r_turn = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
-    # The next ticket, once for each lane: where all read one, compute takes another register of
-    # the few that threads share, and other numbers leave these at each step.
+    # The next ticket, once for each lane: if all read one address, ptxas keeps shared memory's own
+    # in a register of each thread, and moves it to one that a warp shares three times a step.
     c_number = gl.allocate_shared_memory(gl.int32, [32], PLAIN)
     c_full = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)
     c_empty = gl.allocate_shared_memory(gl.int64, [1, 1], BAR)

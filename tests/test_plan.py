@@ -121,9 +121,10 @@ def assert_consistent(tables, heads, machine, page_size):
     assert (chunks[:, 0] % size == 0).all()
     for i, (m, n, begin, end, queue, last_queue) in enumerate(shapes.tolist()):
         assert n == machine.shapes[i].tokens or n == page_size and not machine.shapes[i].tokens
-        assert machine.claims or last_queue - queue <= max(
-            machine.shapes[i].programs // heads.kv, 1
-        )
+        # At most a queue for each program; and if they claim some, one for 8 steps or tiles begun.
+        units = (queues[last_queue] - queues[queue]) * size // n + end - begin
+        claimed = machine.claims * (units // 8 + 1)
+        assert last_queue - queue <= max(machine.shapes[i].programs // heads.kv, 1) + claimed
         if begin < end:
             assert queues[queue] == blocks[begin, 2] and queues[last_queue] == blocks[end - 1, 3]
         rows = (blocks[begin:end, 1] - blocks[begin:end, 0]) * heads.group
