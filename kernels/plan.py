@@ -9,6 +9,7 @@ level of the tree: no Python loop over nodes or rows.
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -417,7 +418,7 @@ def make_plan(
         machine = replace(machine, claims=False)
     forest = _compress(nodes, node, position, window)
     where = position[forest.rows]
-    advance = _advance(nodes, forest, where, ahead)
+    advance, unseen = _advance(nodes, node[forest.rows], where, ahead)
 
     def draft(tiles: _Tiles, runs: _Runs, spread: bool = False) -> _Draft:
         return _draft(len(where), tiles, runs, page_size, heads, machine, spread)
@@ -430,15 +431,19 @@ def make_plan(
     # two halves.
     wide = forest.queries.max(initial=0) * heads.group > machine.shapes[0].rows
     if machine.narrow < 1 and ahead != 0 and heads.group <= machine.half and wide:
-        made = [best]
+        drafts = [best]
         # Where there are more tiles than queues, hardly one of them is cut.
         if np.count_nonzero(tiles.shape) < machine.shapes[-1].programs // heads.kv:
-            made.append(draft(tiles, runs, spread=True))
+            drafts.append(draft(tiles, runs, spread=True))
+        times = [_duration(each, heads, machine) for each in drafts]
         small = _whole_trees(forest, heads, machine)
-        if small.cost < 1.4 * packs.cost:  # else much more would have to be read
+        least = _least_duration(small, forest, unseen, heads, machine)
+        # Else much more would have to be read, or it can't take less time.
+        if small.cost < 1.4 * packs.cost and least < min(times):
             tiles = _query_tiles(forest, small, heads, machine)
-            made.append(draft(tiles, _runs(nodes, forest, tiles, where, advance, window)))
-        best = min(made, key=lambda each: _duration(each, heads, machine))
+            drafts.append(draft(tiles, _runs(nodes, forest, tiles, where, advance, window)))
+            times.append(_duration(drafts[-1], heads, machine))
+        best = drafts[times.index(min(times))]
     known = np.where(node < 0, _NOWHERE, position)
     return Plan(_tables(nodes, forest.rows, best, known, heads, machine), heads)
 
@@ -467,24 +472,24 @@ def _compress(nodes: Nodes, node: np.ndarray, position: np.ndarray, window: int 
     own = np.bincount(node + 1, minlength=count + 1)
     rows = _stable_argsort(node + 1, count)[own[0] :]
     before = _offsets(own[1:])
-    alive = np.flatnonzero(before[nodes.end] - before[:-1])
+    alive = (before[nodes.end] > before[:-1]).nonzero()[0]
     begin, end, parent = before[alive], before[nodes.end[alive]], nodes.parent[alive]
     queries = end - begin
     # An only child that all rows of its parent pass through follows it in the preorder.
     begins = parent < 0
     begins[1:] |= (queries[1:] != queries[:-1]) | (parent[1:] != alive[:-1])
-    first = np.flatnonzero(begins)
+    first = begins.nonzero()[0]
     top = alive[first]
     chains = len(first)
     # Chains above a chain: those begun before it less those whose subtree is over.
-    over = np.bincount(np.searchsorted(top, nodes.end[top]), minlength=chains + 1)
-    depth = np.arange(chains) - np.cumsum(over)[:-1]
+    over = np.bincount(top.searchsorted(nodes.end[top]), minlength=chains + 1)
+    depth = np.arange(chains) - over.cumsum()[:-1]
     order = _stable_argsort(depth, chains)
     rank = np.empty(chains + 1, np.int64)
     rank[order] = np.arange(chains)
     rank[-1] = -1
     above = np.full(count + 1, -1)
-    above[alive] = np.cumsum(begins) - 1
+    above[alive] = begins.cumsum() - 1
     tokens = np.zeros(chains, np.int64)
     if chains:
         length = nodes.length[alive]
@@ -530,25 +535,24 @@ def _packs(forest: _Forest, heads: Heads, machine: Machine) -> _Packs:
     starts = tiles * start
     partials = forest.queries * _partial(heads, machine)
     alone = np.empty(chains)
-    best = np.empty(chains, np.int64)
-    for begin, end in zip(forest.levels[-2::-1], forest.levels[:0:-1], strict=True):
+    families = _starts(forest.parent)
+    parents = forest.parent[families]
+    levels = np.stack([forest.levels, families.searchsorted(forest.levels)], 1)[::-1].tolist()
+    for (end, last), (begin, first) in itertools.pairwise(levels):
         level = slice(begin, end)
-        cost = within[:, level] + starts[:, level]
-        best[level] = cost.argmin(0)
-        alone[level] = cost.min(0) + partials[level]
+        alone[level] = (within[:, level] + starts[:, level]).min(0) + partials[level]
         if begin:
-            parent = forest.parent[level]
-            families = _starts(parent)
             least = np.minimum(within[:, level], alone[level])
-            within[:, parent[families]] += np.add.reduceat(least, families, 1)
-    top = np.arange(chains)
-    for begin, end in zip(forest.levels[1:-1], forest.levels[2:], strict=True):
+            family = slice(first, last)
+            within[:, parents[family]] += np.add.reduceat(least, families[family] - begin, 1)
+    best, joins, top = (within + starts).argmin(0), within <= alone, np.arange(chains)
+    for begin, end in itertools.pairwise(forest.levels[1:].tolist()):
         level = slice(begin, end)
         parent = forest.parent[level]
         shape = best[parent]
-        joins = within[shape, np.arange(begin, end)] <= alone[level]
-        top[level] = np.where(joins, top[parent], top[level])
-        best[level] = np.where(joins, shape, best[level])
+        joined = joins[shape, np.arange(begin, end)]
+        top[level] = np.where(joined, top[parent], top[level])
+        best[level] = np.where(joined, shape, best[level])
     return _Packs(top, best, alone[: forest.levels[1]].sum() if chains else 0)
 
 
@@ -556,7 +560,7 @@ def _whole_trees(forest: _Forest, heads: Heads, machine: Machine) -> _Packs:
     """The packs if there is the smallest shape alone: no cut saves anything then."""
     shape, roots = machine.shapes[0], slice(*forest.levels[:2])
     tiles = -(-forest.queries // _room(heads, machine)[0])
-    top = np.searchsorted(forest.first[roots], forest.first, side="right") - 1
+    top = forest.first[roots].searchsorted(forest.first, side="right") - 1
     cost = shape.cost * (tiles @ forest.tokens + shape.start * tiles[roots].sum())
     partials = forest.queries[roots].sum() * _partial(heads, machine)
     return _Packs(top, np.zeros_like(top), cost + partials)
@@ -585,7 +589,7 @@ class _Tiles(NamedTuple):
 
 def _query_tiles(forest: _Forest, packs: _Packs, heads: Heads, machine: Machine) -> _Tiles:
     """Cuts the rows of packs into tiles, each of the smallest shape that they fit."""
-    tops = np.flatnonzero(packs.top == np.arange(len(packs.top)))
+    tops = (packs.top == np.arange(len(packs.top))).nonzero()[0]
     number = np.empty(len(packs.top), np.int64)
     number[tops] = np.arange(len(tops))
     shape = packs.shape[tops]
@@ -621,11 +625,11 @@ def _cut_rows(
     queries = forest.queries[packs]
     edges = _offsets(queries)  # of packs, laid end to end
     rows = int(edges[-1])
-    owner = np.repeat(np.arange(len(packs)), queries)
+    owner = np.arange(len(packs)).repeat(queries)
     begin = forest.first - forest.first[packs][pack] + edges[pack]
     seen = np.bincount(begin + 1, forest.tokens, rows + 2)
     seen -= np.bincount(begin + forest.queries, forest.tokens, rows + 2)
-    cost = np.cumsum(seen)[:rows] + start[owner]
+    cost = seen.cumsum()[:rows] + start[owner]
     of_full, index = _expand(-(-queries // room))
     first = full = edges[of_full] + index * room[of_full]
     # However they are cut, a tile begins within each full one's rows, or just behind them.
@@ -638,7 +642,7 @@ def _cut_rows(
         for most in np.unique(room[queries > room]).tolist():
             # To look at more would take the host longer than it is worth.
             fewest = max(most - 63, 1)
-            some = np.flatnonzero((room[owner] == most) & (left > most))
+            some = ((room[owner] == most) & (left > most)).nonzero()[0]
             ends = np.lib.stride_tricks.sliding_window_view(worth, most - fewest + 1)
             size[some] = fewest + ends[some + fewest].argmin(1)
         following, found = (np.arange(rows) + size).tolist(), [0]
@@ -665,13 +669,14 @@ class _Runs(NamedTuple):
     seen: np.ndarray  # [N] tokens that they see, or will, with those
 
 
-def _advance(nodes: Nodes, forest: _Forest, where: np.ndarray, ahead: int | None) -> int:
-    """By how much rows at positions `where` advance: all alike, until one reaches the end of its
-    node."""
-    bottom = nodes.start[forest.alive] + nodes.length[forest.alive]
-    own = np.diff(np.append(forest.begin, len(where)))
-    left = np.repeat(bottom, own) - 1 - where
-    return max(int(left.min(initial=ahead if ahead is not None else _FAR)), 0)
+def _advance(
+    nodes: Nodes, node: np.ndarray, where: np.ndarray, ahead: int | None
+) -> tuple[int, int]:
+    """By how much rows of these nodes, at positions `where`, advance: all alike, until one reaches
+    the end of its node. And how many tokens of their nodes they don't see even then, added up."""
+    left = nodes.start[node] + nodes.length[node] - 1 - where
+    advance = max(int(left.min(initial=ahead if ahead is not None else _FAR)), 0)
+    return advance, int(np.maximum(left - advance, 0).sum())
 
 
 def _runs(
@@ -688,7 +693,7 @@ def _runs(
     rows = len(forest.rows)
     begins = tiles.pack_of * rows + tiles.begin[rank]
     first, last = (
-        np.searchsorted(begins, tiles.pack * rows + row, side="right") - 1
+        begins.searchsorted(tiles.pack * rows + row, side="right") - 1
         for row in (forest.begin, forest.end - 1)
     )
     owner, more = _expand(last - first + 1)
@@ -700,7 +705,8 @@ def _runs(
     end = np.minimum(forest.end[owner], tiles.end[tile])
     furthest, hindmost = extrema(where, begin, end)
     node = forest.alive[owner]
-    seen = np.clip(furthest + advance + 1 - nodes.start[node], 1, nodes.length[node])
+    seen = np.minimum(furthest + advance + 1 - nodes.start[node], nodes.length[node])
+    seen = np.maximum(seen, 1)
     runs = _Runs(
         tile, node, begin - first, end - first, furthest, hindmost, np.zeros_like(seen), seen
     )
@@ -712,7 +718,8 @@ def _runs(
 
 def extrema(values: np.ndarray, begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, ...]:
     """The largest and the smallest of each values[begin:end]; none of them is empty."""
-    bounds = np.stack([begin, end], 1).ravel()
+    bounds = np.empty(2 * len(begin), np.int64)
+    bounds[::2], bounds[1::2] = begin, end
     values = np.append(values, 0)  # an end may lie behind the last
     return tuple(f.reduceat(values, bounds)[::2] for f in (np.maximum, np.minimum))
 
@@ -769,7 +776,7 @@ def _draft(
             run, token = run[order], token[order]
 
     # Queues are cut from the steps of a shape, blocks from the query tiles where queues end.
-    bounds = np.searchsorted(tiles.shape, np.arange(len(machine.shapes) + 1))
+    bounds = tiles.shape.searchsorted(np.arange(len(machine.shapes) + 1))
     cut = np.zeros(len(run) + 1, bool)
     for i, (shape, a, b) in enumerate(zip(machine.shapes, bounds, bounds[1:], strict=False)):
         some = lengths[a:b][lengths[a:b] > 0]  # a tile has none if its windows are empty
@@ -778,20 +785,20 @@ def _draft(
             cuts = _cuts(some, programs, least, machine.claims)
             cut[tile_ptr[a] + cuts * (sizes[i] // size)] = True
     cut[-1] = True
-    queues = np.flatnonzero(cut)
+    queues = cut.nonzero()[0]
     cut[tile_ptr] = True
-    chunk = np.flatnonzero(cut)
+    chunk = cut.nonzero()[0]
     shapes = np.empty((len(machine.shapes), COLUMNS["shapes"]), np.int32)
     shapes[:, 0] = [shape.rows for shape in machine.shapes]
     shapes[:, 1] = sizes
     for column, starts in ((2, chunk[:-1]), (4, queues)):
-        at = np.searchsorted(starts, tile_ptr[bounds])
+        at = starts.searchsorted(tile_ptr[bounds])
         shapes[:, column], shapes[:, column + 1] = at[:-1], at[1:]
 
     # Of a tile, a block has the rows that its chunks are for.
     blocks = np.zeros((len(chunk) - 1, COLUMNS["blocks"]), np.int32)
     blocks[:, 2], blocks[:, 3] = chunk[:-1], chunk[1:]
-    tile = np.searchsorted(tile_ptr, chunk[:-1], side="right") - 1
+    tile = tile_ptr.searchsorted(chunk[:-1], side="right") - 1
     least, most = np.zeros((2, 0), np.int64)
     if len(blocks):
         least = np.minimum.reduceat(runs.begin[run], chunk[:-1])
@@ -799,13 +806,13 @@ def _draft(
     counts = most - least
     blocks[:, 0] = tiles.begin[tile] + least
     blocks[:, 1] = blocks[:, 0] + counts
-    block = np.repeat(np.arange(len(blocks)), np.diff(chunk))
+    block = np.arange(len(blocks)).repeat(chunk[1:] - chunk[:-1])
     step, first = of_tile[tile], least[block]
     begin, end = runs.begin[run] - first, runs.end[run] - first
     halves = _halves(begin, end, counts, block, step, heads, machine)
     if halves is not None:
         blocks[:, 4] = 2 * halves[2] * step
-    queues = np.stack([queues, np.searchsorted(chunk[:-1], queues)], 1)
+    queues = np.stack([queues, chunk[:-1].searchsorted(queues)], 1)
     return _Draft(
         runs, run, token, queues, shapes, blocks, block, step, begin, end, halves,
         *_partials(blocks[:, 0], counts, rows), page_size,
@@ -841,19 +848,22 @@ def _tables(
     chunks[:, 4] = draft.runs.hindmost[run] + 1 - start
     chunks[:, 5] = begin + (end << 16)
     chunks[:, 6] = blocks[block, 0]
-    slot = np.where(draft.partial, np.cumsum(draft.partial * counts) - counts, -1)
+    slot = np.where(draft.partial, (draft.partial * counts).cumsum() - counts, -1)
     chunks[:, 7] = slot[block]
-    steps = np.repeat(draft.step, (blocks[:, 3] - blocks[:, 2]) // draft.step)
+    steps = draft.step.repeat((blocks[:, 3] - blocks[:, 2]) // draft.step)
     chunks[:, 8] = _flags(chunks, counts[block], steps, size) + pair
     chunks[blocks[:, 2], 8] += 1
 
-    of_first = np.append(blocks[:, [0, 1, 4]], [[0, 0, 0]], 0)[draft.queues[:, 1]]
+    queues = np.zeros((len(draft.queues), COLUMNS["queues"]), np.int32)
+    queues[:, :2] = draft.queues
+    first = blocks[draft.queues[:-1, 1]]
+    queues[:-1, 2:4], queues[:-1, 4] = first[:, :2], first[:, 4]
     written, owners = np.zeros(len(position), bool), rows[draft.owners]
     written[rows] = draft.written
-    merge_rows = np.flatnonzero(~written)
+    merge_rows = (~written).nonzero()[0]
     return Tables(
         draft.shapes,
-        np.column_stack([draft.queues, of_first]).astype(np.int32),
+        queues,
         chunks,
         blocks,
         rows.astype(np.int32),
@@ -897,7 +907,7 @@ def _partials(first: np.ndarray, counts: np.ndarray, rows: int) -> tuple[np.ndar
     entry = first[entry] + index
     single = np.bincount(entry, minlength=rows)[entry] == 1
     partial = ~np.logical_and.reduceat(single, _offsets(counts)[:-1])
-    waits = np.repeat(partial, counts)
+    waits = partial.repeat(counts)
     written = np.zeros(rows, bool)
     written[entry[~waits]] = True
     return partial, entry[waits], written
@@ -913,8 +923,8 @@ def _flags(chunks: np.ndarray, counts: np.ndarray, step: np.ndarray, size: int) 
     """
     seen = (chunks[:, 1] == size) & (chunks[:, 3] >= size)
     whole = seen & (chunks[:, 4] >= size) & (chunks[:, 5] == counts << 16)
-    flags = np.bitwise_and.reduceat(whole * 2 + seen * 4, np.cumsum(step) - step)
-    return np.repeat(flags, step) + counts * 32
+    flags = np.bitwise_and.reduceat(whole * 2 + seen * 4, step.cumsum() - step)
+    return flags.repeat(step) + counts * 32
 
 
 def _duration(draft: _Draft, heads: Heads, machine: Machine) -> float:
@@ -932,7 +942,7 @@ def _duration(draft: _Draft, heads: Heads, machine: Machine) -> float:
     paired = np.where((end_row - row) * heads.group <= machine.half, chunks, pairs)
     steps = (chunks - (1 - machine.narrow) * paired) * machine.chunk(draft.page_size)
     blocks = (steps + shape.start) / shape.tokens
-    queues = np.repeat(np.add.reduceat(blocks, draft.queues[:-1, 1]), heads.kv)
+    queues = np.add.reduceat(blocks, draft.queues[:-1, 1]).repeat(heads.kv)
     programs = np.zeros(shape.programs)
     for begin in range(0, len(queues), shape.programs):
         some = queues[begin : begin + shape.programs]
@@ -943,6 +953,20 @@ def _duration(draft: _Draft, heads: Heads, machine: Machine) -> float:
     moved = partials * heads.kv * heads.partial_bytes
     read = shape.programs * shape.tokens * heads.token_bytes
     return programs.max() + 2 * (partials > 0) + 0.8 * moved / read
+
+
+def _least_duration(
+    packs: _Packs, forest: _Forest, unseen: int, heads: Heads, machine: Machine
+) -> float:
+    """A bound on the `_duration` of any plan of `_whole_trees`: all programs are through at once,
+    and nothing is merged. Of windows, tiles may read less than is counted here.
+
+    Args:
+        unseen: see `_advance`.
+    """
+    shape = machine.shapes[0]
+    tokens = packs.cost - len(forest.rows) * _partial(heads, machine) - unseen
+    return machine.narrow * tokens * heads.kv / (shape.tokens * shape.programs)
 
 
 def _halves(
@@ -995,23 +1019,24 @@ def _spread(
         The chunks' new order, [T]; and in that order, their flags of pairs.
     """
     blocks = len(step)
-    rank, _ = _ranks(block * 3 + side, 3 * blocks)
-    rank //= step[block]
+    size = step[block]
+    rank = _ranks(block * 3 + side, 3 * blocks)[0] // size
     side = np.where(rank < pairs[block], side, 0)
     # The others, those for all rows first.
-    inside, sizes = _ranks(block * 3 + np.where(side > 0, 2, few), 3 * blocks)
-    common, rare = sizes.reshape(-1, 3)[:, :2].T
-    inside += np.where((side == 0) & few, common[block], 0)
-    single = inside // step[block]
+    inside, sizes, order = _ranks(block * 4 + np.where(side > 0, 1 + side, few), 4 * blocks)
+    common, rare = sizes.reshape(-1, 4)[:, :2].T
     whole = -(-common // step)
     rest = (common + rare) // step - whole
+    single = (inside + common[block] * few) // size
     # Where in the block a step, or a pair, is to come: from 0 to 1.
-    kind = np.where(side > 0, 2, single >= whole[block])
-    late = np.where(whole > 0, 0.5, 0)[block]
-    nth = np.choose(kind, [single, single - whole[block] + late, rank + 0.5])
-    where = nth / np.stack([whole, rest, pairs], 1)[block, kind]
-    order = np.lexsort((inside, side, where, block))
-    side, size = side[order], step[block]
+    late = np.where(whole > 0, 0.5, 0)
+    behind = single >= whole[block]
+    nth = np.where(behind, single + (late - whole)[block], single)
+    where = np.where(side > 0, rank + 0.5, nth)
+    where /= np.where(side > 0, pairs[block], np.where(behind, rest[block], whole[block]))
+    where += block
+    order = order[where[order].argsort(kind="stable")]
+    side = side[order]
     # Behind a step, or a pair of them.
     behind = np.arange(len(side)) + np.where(side == 1, 2, 1) * size
     follower = np.minimum(behind, len(side) - 1)
@@ -1019,13 +1044,13 @@ def _spread(
     return order, (side > 0) * 8 + followed * 16
 
 
-def _ranks(keys: np.ndarray, below: int) -> tuple[np.ndarray, np.ndarray]:
-    """How many equal keys come before each, and how many there are of each key."""
+def _ranks(keys: np.ndarray, below: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """How many equal keys come before each; how many there are of each key; and what sorts them."""
     order = _stable_argsort(keys, below)
     sizes = np.bincount(keys, minlength=below)
     rank = np.empty(len(keys), np.int64)
-    rank[order] = np.arange(len(keys)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return rank, sizes
+    rank[order] = np.arange(len(keys)) - (sizes.cumsum() - sizes).repeat(sizes)
+    return rank, sizes, order
 
 
 def _cuts(lengths: np.ndarray, programs: float, least: int, claims: bool) -> np.ndarray:
@@ -1041,7 +1066,7 @@ def _cuts(lengths: np.ndarray, programs: float, least: int, claims: bool) -> np.
     Returns:
         int64, where the queues begin, in steps; the last ones may be the end, some of them equal.
     """
-    ends = np.cumsum(lengths + 1)
+    ends = (lengths + 1).cumsum()
     total = int(ends[-1])
     queues = min(max(int(programs), 1), total)
     share = total / programs
@@ -1052,7 +1077,7 @@ def _cuts(lengths: np.ndarray, programs: float, least: int, claims: bool) -> np.
         least = total
     else:
         cut = np.arange(queues) * total // queues
-    tile = np.searchsorted(ends, cut, side="right")
+    tile = ends.searchsorted(cut, side="right")
     length = lengths[tile]
     begin = ends[tile] - length - 1
     inside = np.minimum(cut - begin, length)
@@ -1108,23 +1133,23 @@ def aligned(size: int) -> int:
 def _offsets(counts: np.ndarray) -> np.ndarray:
     """[n+1]: 0, counts[0], counts[0] + counts[1], .."""
     offsets = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
+    counts.cumsum(out=offsets[1:])
     return offsets
 
 
 def _expand(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """0 counts[0] times, 1 counts[1] times, ..; and beside it 0, 1, .. for each of them."""
-    owner = np.repeat(np.arange(len(counts)), counts)
-    return owner, np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]
+    owner = np.arange(len(counts)).repeat(counts)
+    return owner, np.arange(len(owner)) - (counts.cumsum() - counts).repeat(counts)
 
 
 def _starts(values: np.ndarray) -> np.ndarray:
     """Where runs of equal values begin."""
     begins = np.ones(len(values), bool)
     np.not_equal(values[1:], values[:-1], out=begins[1:])
-    return np.flatnonzero(begins)
+    return begins.nonzero()[0]
 
 
 def _stable_argsort(keys: np.ndarray, below: int) -> np.ndarray:
     # NumPy sorts 16 bits by radix, wider ones by merging.
-    return np.argsort(keys.astype(np.uint16) if below < 1 << 16 else keys, kind="stable")
+    return (keys.astype(np.uint16) if below < 1 << 16 else keys).argsort(kind="stable")

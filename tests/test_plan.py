@@ -458,6 +458,7 @@ def test_what_few_rows_see_is_spread_among_what_all_see():
         (32, 8, 1, 64, None, [(False, True), (True, True), (False, False)]),
         (32, 8, 1, 8192, None, [(False, True), (True, True)]),  # too dear to be read twice
         (32, 8, 20, 64, None, [(False, True), (False, False)]),  # enough tiles for all queues
+        (64, 8, 20, 2048, None, [(False, True)]),  # and the others can't take less time
         (32, 8, 1, 64, 0, [(False, True)]),
         (16, 8, 1, 64, None, [(False, False)]),
         (64, 1, 1, 64, None, [(False, True), (True, True), (False, False)]),
@@ -491,6 +492,22 @@ def test_the_draft_that_should_take_the_least_time_is_made():
         best.append(int(np.argmin(times)))
         assert all(map(np.array_equal, plan.tables, made[best[-1]]))
     assert sorted(set(best)) == [0, 1, 2]
+
+
+@given(cases(max_nodes=60, max_length=500), st.sampled_from([(8, 1), (32, 8), (64, 2)]))
+@settings(max_examples=150, deadline=None)
+def test_what_is_not_drafted_takes_longer(case, heads):
+    """By the same measure by which one of the drafts is chosen."""
+    heads, bounds = HEADS._replace(query=heads[0], kv=heads[1]), []
+    case = case._replace(heads=heads)
+    machine, bound = Machine.gpu(4, heads, 9), planner._least_duration
+    plan, _ = drafts_of(*case[:5], machine)
+    with mock.patch.object(planner, "_least_duration", lambda *x: bounds.append(bound(*x)) or 0):
+        searched, drafts = drafts_of(*case[:5], machine)
+    assert all(map(np.array_equal, plan.tables, searched.tables))
+    given, small = drafts[-1]
+    if bounds and len(drafts) > 1 and not given[-1]:
+        assert bounds[0] <= planner._duration(small, heads, machine)
 
 
 def _time(tables, heads):
