@@ -18,11 +18,13 @@ peers-h200.json), without_us (times with one idea left out).
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import platform
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -251,7 +253,9 @@ class Case:
         self.node = np.random.default_rng(0).permutation(leaves)
         self.position = (self.nodes.start + length)[self.node] - 1
         paths = (self.nodes, self.node) if shared else alone(self.nodes, self.node)
-        self.plan = make_plan(*paths, self.position, self.heads, page_size, machine)
+        given = *paths, self.position, self.heads, page_size, machine
+        self.make_plan = functools.partial(make_plan, *given)
+        self.plan = self.make_plan()
         self.plan_tensor = self.plan.tensor("cuda")
         shape = (len(self.nodes.pages) + 1, kv, page_size, DIM)
         self.q = torch.randn(
@@ -341,6 +345,16 @@ def eager_us(function, repeat: int) -> float:
     return begin.elapsed_time(end) * 1e3 / repeat
 
 
+def host_ms(function, repeat: int) -> float:
+    """Median of calls on the host."""
+    times = []
+    for _ in range(repeat):
+        begin = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times) * 1e3
+
+
 def measure(case: Case, flush: torch.Tensor, floor: float, repeat: int, sdpa: bool) -> dict:
     error, bound = case.error(case())
     us = graph_us(case, flush, repeat)
@@ -355,6 +369,7 @@ def measure(case: Case, flush: torch.Tensor, floor: float, repeat: int, sdpa: bo
         "tb_s": round(case.kv_bytes / us / 1e6, 3),
         "share": round(case.roofline_us / max(us - floor, 1e-3), 3),
         "eager_us": round(eager_us(case, 10), 1),
+        "plan_ms": round(host_ms(case.make_plan, 11), 3),
     }
     if sdpa:
         row["sdpa_us"] = round(graph_us(case.sdpa(), flush, repeat), 2)

@@ -548,11 +548,9 @@ def _packs(forest: _Forest, heads: Heads, machine: Machine) -> _Packs:
     best, joins, top = (within + starts).argmin(0), within <= alone, np.arange(chains)
     for begin, end in itertools.pairwise(forest.levels[1:].tolist()):
         level = slice(begin, end)
-        parent = forest.parent[level]
-        shape = best[parent]
-        joined = joins[shape, np.arange(begin, end)]
-        top[level] = np.where(joined, top[parent], top[level])
-        best[level] = np.where(joined, shape, best[level])
+        parent = top[forest.parent[level]]
+        top[level] = np.where(joins[best[parent], top[level]], parent, top[level])
+    best = best[top]
     return _Packs(top, best, alone[: forest.levels[1]].sum() if chains else 0)
 
 
@@ -1019,38 +1017,31 @@ def _spread(
         The chunks' new order, [T]; and in that order, their flags of pairs.
     """
     blocks = len(step)
-    size = step[block]
-    rank = _ranks(block * 3 + side, 3 * blocks)[0] // size
-    side = np.where(rank < pairs[block], side, 0)
-    # The others, those for all rows first.
-    inside, sizes, order = _ranks(block * 4 + np.where(side > 0, 1 + side, few), 4 * blocks)
-    common, rare = sizes.reshape(-1, 4)[:, :2].T
+    key = block * 3 + side
+    rank = np.empty(len(key), np.int64)
+    rank[_stable_argsort(key, 3 * blocks)] = _expand(np.bincount(key, minlength=3 * blocks))[1]
+    side = np.where(rank < (pairs * step)[block], side, 0)
+    # First those for all rows, then others, then pairs: in this order, too, steps are whole.
+    key = block * 4 + np.where(side > 0, 1 + side, few)
+    order = _stable_argsort(key, 4 * blocks)
+    common, rare = np.bincount(key, minlength=4 * blocks).reshape(-1, 4)[:, :2].T
     whole = -(-common // step)
-    rest = (common + rare) // step - whole
-    single = (inside + common[block] * few) // size
-    # Where in the block a step, or a pair, is to come: from 0 to 1.
-    late = np.where(whole > 0, 0.5, 0)
-    behind = single >= whole[block]
-    nth = np.where(behind, single + (late - whole)[block], single)
-    where = np.where(side > 0, rank + 0.5, nth)
-    where /= np.where(side > 0, pairs[block], np.where(behind, rest[block], whole[block]))
-    where += block
-    order = order[where[order].argsort(kind="stable")]
-    side = side[order]
+    counts = np.stack([whole, (common + rare) // step - whole, pairs, pairs], 1)
+    late = np.full(counts.shape, 0.5)
+    late[:, 0], late[whole == 0, 1] = 0, 0
+    # Where in its block a step, or a pair, is to come: from 0 to 1.
+    owner, nth = _expand(counts.ravel())
+    where = (nth + late.ravel()[owner]) / counts.ravel()[owner]
+    at = (where + owner // 4).argsort(kind="stable")
+    size = step[owner // 4]
+    begin, size = (size.cumsum() - size)[at], size[at]
+    order = order[begin.repeat(size) + _expand(size)[1]]
     # Behind a step, or a pair of them.
-    behind = np.arange(len(side)) + np.where(side == 1, 2, 1) * size
-    follower = np.minimum(behind, len(side) - 1)
-    followed = (side[follower] > 0) & (block[follower] == block) & (behind < len(side))
-    return order, (side > 0) * 8 + followed * 16
-
-
-def _ranks(keys: np.ndarray, below: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """How many equal keys come before each; how many there are of each key; and what sorts them."""
-    order = _stable_argsort(keys, below)
-    sizes = np.bincount(keys, minlength=below)
-    rank = np.empty(len(keys), np.int64)
-    rank[order] = np.arange(len(keys)) - (sizes.cumsum() - sizes).repeat(sizes)
-    return rank, sizes, order
+    block, kind = owner[at] // 4, owner[at] % 4
+    behind = np.arange(len(at)) + np.where(kind == 2, 2, 1)
+    follower = np.minimum(behind, len(at) - 1)
+    followed = (kind[follower] >= 2) & (block[follower] == block) & (behind < len(at))
+    return order, ((kind >= 2) * 8 + followed * 16).repeat(size)
 
 
 def _cuts(lengths: np.ndarray, programs: float, least: int, claims: bool) -> np.ndarray:

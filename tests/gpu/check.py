@@ -42,6 +42,7 @@ class Check(NamedTuple):
         processors: that the plan is cut for; the fewer, the more blocks a queue has.
         cancels: two rows, and values of shared and own tokens that add up to little; only partials
             of more precision than theirs do, too.
+        far: whether the pages lie all over 2^32 elements, with NaN in between.
     """
 
     seed: int
@@ -59,6 +60,7 @@ class Check(NamedTuple):
     advance: int = 0
     processors: int = 132
     cancels: bool = False
+    far: bool = False
 
 
 SMALL = [
@@ -127,6 +129,12 @@ LARGE = [
     Check(205, torch.bfloat16, (400, 200), (128, 80), length=3, nodes=20, rows=70),
     # They claim queues of some whole blocks.
     Check(206, heads=(16, 16), dims=(128, 128), nodes=2000, longest=60, rows=2000),
+    # Addresses beyond 32 bits, contexts of a million tokens, and batches of thousands.
+    Check(208, dims=(128, 128), rows=40, far=True),
+    Check(209, torch.float32, dims=(128, 128), rows=40, far=True),
+    Check(360, heads=(1, 1), nodes=2, longest=1 << 20, rows=4, far=True),
+    Check(217, torch.float32, (1, 1), nodes=2, longest=1 << 20, rows=4),
+    Check(216, heads=(16, 2), dims=(128, 128), nodes=3000, longest=60, rows=4096),
 ]
 
 
@@ -179,7 +187,7 @@ def run(check: Check, device: torch.device, repeat: int, major: int) -> tuple[fl
         sinks[-1] = -torch.inf  # which is none
     options = {"scale": check.dims[0] ** -0.5, "window": check.window, "softcap": check.softcap}
     merge = made.merges or check.seed % 2 == 1
-    k_pool, v_pool = k.to(device), v.to(device)
+    k_pool, v_pool = (_apart(x.to(device)) if check.far else x.to(device) for x in (k, v))
     # With a stride, as views have it.
     moved = None if sinks is None else sinks.to(device).repeat_interleave(2)[::2]
     _poison(device)
@@ -274,6 +282,15 @@ def _spread(case, q, k, v, sinks, options, dtype) -> float:
             results.append(torch.einsum("hn,nhd->hd", p, values.to(kind)).double())
         worst = max(worst, (results[0] - results[1]).abs().max().item())
     return worst
+
+
+def _apart(pages: torch.Tensor) -> torch.Tensor:
+    """The same pages, evenly over 2^32 elements."""
+    size = pages[0].numel()
+    step = (1 << 32) // len(pages) // size * size
+    whole = torch.full((len(pages), step), torch.nan, dtype=pages.dtype, device=pages.device)
+    apart = whole[:, :size].unflatten(1, pages.shape[1:])
+    return apart.copy_(pages)
 
 
 def _poison(device: torch.device) -> None:
