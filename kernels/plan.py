@@ -481,15 +481,17 @@ def _compress(nodes: Nodes, node: np.ndarray, position: np.ndarray, window: int 
     first = begins.nonzero()[0]
     top = alive[first]
     chains = len(first)
+    chain = np.zeros(count + 1, np.int64)
+    chain[top] = 1
+    chain = chain.cumsum() - 1  # of nodes that are seen; of others, the last that has begun
+    chain[-1] = -1  # of a root's parent
     # Chains above a chain: those begun before it less those whose subtree is over.
-    over = np.bincount(top.searchsorted(nodes.end[top]), minlength=chains + 1)
+    over = np.bincount(chain[nodes.end[top] - 1] + 1, minlength=chains + 1)
     depth = np.arange(chains) - over.cumsum()[:-1]
     order = _stable_argsort(depth, chains)
     rank = np.empty(chains + 1, np.int64)
     rank[order] = np.arange(chains)
     rank[-1] = -1
-    above = np.full(count + 1, -1)
-    above[alive] = begins.cumsum() - 1
     tokens = np.zeros(chains, np.int64)
     if chains:
         length = nodes.length[alive]
@@ -499,11 +501,11 @@ def _compress(nodes: Nodes, node: np.ndarray, position: np.ndarray, window: int 
         tokens = np.add.reduceat(length, first, dtype=np.int64)
     return _Forest(
         alive,
-        rank[above[alive]],
+        rank[chain[alive]],
         begin,
         end,
         _offsets(np.bincount(depth)),
-        rank[above[nodes.parent[top]]][order],
+        rank[chain[nodes.parent[top]]][order],
         tokens[order],
         begin[first][order],
         queries[first][order],
@@ -728,9 +730,9 @@ class _Draft(NamedTuple):
     runs: _Runs
     run: np.ndarray  # [T] of each chunk
     token: np.ndarray  # [T] its first, counted from its node's
-    queues: np.ndarray  # [L+1, 2] first chunk and first block of each queue
-    shapes: np.ndarray  # the table
-    blocks: np.ndarray  # the table
+    queues: np.ndarray  # the plan's table; shapes and blocks, too
+    shapes: np.ndarray
+    blocks: np.ndarray
     block: np.ndarray  # [T] of each chunk
     step: np.ndarray  # [B] chunks of a step
     begin: np.ndarray  # [T] rows of its block that a chunk is for
@@ -810,9 +812,12 @@ def _draft(
     halves = _halves(begin, end, counts, block, step, heads, machine)
     if halves is not None:
         blocks[:, 4] = 2 * halves[2] * step
-    queues = np.stack([queues, chunk[:-1].searchsorted(queues)], 1)
+    table = np.zeros((len(queues), COLUMNS["queues"]), np.int32)
+    table[:, 0], table[:, 1] = queues, chunk[:-1].searchsorted(queues)
+    opening = blocks[table[:-1, 1]]
+    table[:-1, 2:4], table[:-1, 4] = opening[:, :2], opening[:, 4]
     return _Draft(
-        runs, run, token, queues, shapes, blocks, block, step, begin, end, halves,
+        runs, run, token, table, shapes, blocks, block, step, begin, end, halves,
         *_partials(blocks[:, 0], counts, rows), page_size,
     )  # fmt: skip
 
@@ -852,16 +857,12 @@ def _tables(
     chunks[:, 8] = _flags(chunks, counts[block], steps, size) + pair
     chunks[blocks[:, 2], 8] += 1
 
-    queues = np.zeros((len(draft.queues), COLUMNS["queues"]), np.int32)
-    queues[:, :2] = draft.queues
-    first = blocks[draft.queues[:-1, 1]]
-    queues[:-1, 2:4], queues[:-1, 4] = first[:, :2], first[:, 4]
     written, owners = np.zeros(len(position), bool), rows[draft.owners]
     written[rows] = draft.written
     merge_rows = (~written).nonzero()[0]
     return Tables(
         draft.shapes,
-        queues,
+        draft.queues,
         chunks,
         blocks,
         rows.astype(np.int32),
