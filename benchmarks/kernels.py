@@ -253,8 +253,9 @@ class Case:
         self.node = np.random.default_rng(0).permutation(leaves)
         self.position = (self.nodes.start + length)[self.node] - 1
         paths = (self.nodes, self.node) if shared else alone(self.nodes, self.node)
-        given = *paths, self.position, self.heads, page_size, machine
-        self.make_plan = functools.partial(make_plan, *given)
+        self.make_plan = functools.partial(
+            make_plan, *paths, self.position, self.heads, page_size, machine
+        )
         self.plan = self.make_plan()
         self.plan_tensor = self.plan.tensor("cuda")
         shape = (len(self.nodes.pages) + 1, kv, page_size, DIM)
@@ -266,8 +267,8 @@ class Case:
         self.page_size = page_size
         self.kv_bytes = int(length.sum()) * kv * self.heads.token_bytes
         moved = self.kv_bytes + 2 * self.q.numel() * 2
-        flops = 4 * DIM * self.heads.query * int((self.position + 1).sum())
-        self.roofline_us = max(moved / BANDWIDTH, flops / FLOPS) * 1e6
+        self.flops = 4 * DIM * self.heads.query * int((self.position + 1).sum())
+        self.roofline_us = max(moved / BANDWIDTH, self.flops / FLOPS) * 1e6
 
     def __call__(self) -> torch.Tensor:
         tensors = self.q, self.k, self.v, self.plan_tensor
@@ -367,6 +368,7 @@ def measure(case: Case, flush: torch.Tensor, floor: float, repeat: int, sdpa: bo
         "bound": bound,
         "kv_mb": round(case.kv_bytes / 1e6, 1),
         "tb_s": round(case.kv_bytes / us / 1e6, 3),
+        "tflop_s": round(case.flops / us / 1e6, 1),
         "share": round(case.roofline_us / max(us - floor, 1e-3), 3),
         "eager_us": round(eager_us(case, 10), 1),
         "plan_ms": round(host_ms(case.make_plan, 11), 3),

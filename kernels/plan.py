@@ -437,8 +437,10 @@ def make_plan(
             drafts.append(draft(tiles, runs, spread=True))
         times = [_duration(each, heads, machine) for each in drafts]
         small = _whole_trees(forest, heads, machine)
-        least = _least_duration(small, forest, unseen, heads, machine)
-        # Else much more would have to be read, or it can't take less time.
+        least = 0.0  # tiles may have less in their windows than packs have
+        if window is None:
+            least = _least_duration(small, forest, unseen, heads, machine)
+        # Only if that doesn't read much more, and can take less time.
         if small.cost < 1.4 * packs.cost and least < min(times):
             tiles = _query_tiles(forest, small, heads, machine)
             drafts.append(draft(tiles, _runs(nodes, forest, tiles, where, advance, window)))
@@ -483,7 +485,7 @@ def _compress(nodes: Nodes, node: np.ndarray, position: np.ndarray, window: int 
     chains = len(first)
     chain = np.zeros(count + 1, np.int64)
     chain[top] = 1
-    chain = chain.cumsum() - 1  # of nodes that are seen; of others, the last that has begun
+    chain = chain.cumsum() - 1  # in preorder; where a node isn't seen, the last that has begun
     chain[-1] = -1  # of a root's parent
     # Chains above a chain: those begun before it less those whose subtree is over.
     over = np.bincount(chain[nodes.end[top] - 1] + 1, minlength=chains + 1)
@@ -539,6 +541,7 @@ def _packs(forest: _Forest, heads: Heads, machine: Machine) -> _Packs:
     alone = np.empty(chains)
     families = _starts(forest.parent)
     parents = forest.parent[families]
+    # Where levels begin, in chains and in families, the deepest first.
     levels = np.stack([forest.levels, families.searchsorted(forest.levels)], 1)[::-1].tolist()
     for (end, last), (begin, first) in itertools.pairwise(levels):
         level = slice(begin, end)
@@ -547,13 +550,14 @@ def _packs(forest: _Forest, heads: Heads, machine: Machine) -> _Packs:
             least = np.minimum(within[:, level], alone[level])
             family = slice(first, last)
             within[:, parents[family]] += np.add.reduceat(least, families[family] - begin, 1)
-    best, joins, top = (within + starts).argmin(0), within <= alone, np.arange(chains)
+    best = (within + starts).argmin(0)
+    joins = within <= alone
+    top = np.arange(chains)
     for begin, end in itertools.pairwise(forest.levels[1:].tolist()):
-        level = slice(begin, end)
-        parent = top[forest.parent[level]]
-        top[level] = np.where(joins[best[parent], top[level]], parent, top[level])
-    best = best[top]
-    return _Packs(top, best, alone[: forest.levels[1]].sum() if chains else 0)
+        level = np.arange(begin, end)
+        above = top[forest.parent[begin:end]]
+        top[begin:end] = np.where(joins[best[above], level], above, level)
+    return _Packs(top, best[top], alone[: forest.levels[1]].sum() if chains else 0)
 
 
 def _whole_trees(forest: _Forest, heads: Heads, machine: Machine) -> _Packs:
@@ -673,7 +677,8 @@ def _advance(
     nodes: Nodes, node: np.ndarray, where: np.ndarray, ahead: int | None
 ) -> tuple[int, int]:
     """By how much rows of these nodes, at positions `where`, advance: all alike, until one reaches
-    the end of its node. And how many tokens of their nodes they don't see even then, added up."""
+    the end of its node. And how many tokens before the ends of their nodes they don't see even
+    then, summed over rows."""
     left = nodes.start[node] + nodes.length[node] - 1 - where
     advance = max(int(left.min(initial=ahead if ahead is not None else _FAR)), 0)
     return advance, int(np.maximum(left - advance, 0).sum())
@@ -705,8 +710,8 @@ def _runs(
     end = np.minimum(forest.end[owner], tiles.end[tile])
     furthest, hindmost = extrema(where, begin, end)
     node = forest.alive[owner]
-    seen = np.minimum(furthest + advance + 1 - nodes.start[node], nodes.length[node])
-    seen = np.maximum(seen, 1)
+    seen = np.maximum(furthest + advance + 1 - nodes.start[node], 1)
+    seen = np.minimum(seen, nodes.length[node])
     runs = _Runs(
         tile, node, begin - first, end - first, furthest, hindmost, np.zeros_like(seen), seen
     )
@@ -813,9 +818,9 @@ def _draft(
     if halves is not None:
         blocks[:, 4] = 2 * halves[2] * step
     table = np.zeros((len(queues), COLUMNS["queues"]), np.int32)
-    table[:, 0], table[:, 1] = queues, chunk[:-1].searchsorted(queues)
-    opening = blocks[table[:-1, 1]]
-    table[:-1, 2:4], table[:-1, 4] = opening[:, :2], opening[:, 4]
+    table[:, 0] = queues
+    table[:, 1] = chunk[:-1].searchsorted(queues)
+    table[:-1, 2:] = blocks[table[:-1, 1]][:, [0, 1, 4]]
     return _Draft(
         runs, run, token, table, shapes, blocks, block, step, begin, end, halves,
         *_partials(blocks[:, 0], counts, rows), page_size,
@@ -957,8 +962,8 @@ def _duration(draft: _Draft, heads: Heads, machine: Machine) -> float:
 def _least_duration(
     packs: _Packs, forest: _Forest, unseen: int, heads: Heads, machine: Machine
 ) -> float:
-    """A bound on the `_duration` of any plan of `_whole_trees`: all programs are through at once,
-    and nothing is merged. Of windows, tiles may read less than is counted here.
+    """A lower bound on the `_duration` of a plan of `_whole_trees` without a window: every step is
+    as cheap as those for half of the rows, all programs end at once, and nothing is merged.
 
     Args:
         unseen: see `_advance`.
@@ -1022,23 +1027,26 @@ def _spread(
     rank = np.empty(len(key), np.int64)
     rank[_stable_argsort(key, 3 * blocks)] = _expand(np.bincount(key, minlength=3 * blocks))[1]
     side = np.where(rank < (pairs * step)[block], side, 0)
-    # First those for all rows, then others, then pairs: in this order, too, steps are whole.
+    # By block and kind: 0 for all rows, 1 for few, and of pairs 2 the first, 3 the second half's.
+    # What is left of kind 0 shares a step with the first of kind 1.
     key = block * 4 + np.where(side > 0, 1 + side, few)
     order = _stable_argsort(key, 4 * blocks)
     common, rare = np.bincount(key, minlength=4 * blocks).reshape(-1, 4)[:, :2].T
     whole = -(-common // step)
-    counts = np.stack([whole, (common + rare) // step - whole, pairs, pairs], 1)
+    counts = np.stack([whole, (common + rare) // step - whole, pairs, pairs], 1)  # of steps
     late = np.full(counts.shape, 0.5)
-    late[:, 0], late[whole == 0, 1] = 0, 0
-    # Where in its block a step, or a pair, is to come: from 0 to 1.
+    late[:, 0] = 0
+    late[whole == 0, 1] = 0
     owner, nth = _expand(counts.ravel())
+    block, kind = owner // 4, owner % 4
+    # Where in its block a step is to come: from 0 to below 1, so block + where sorts by block.
     where = (nth + late.ravel()[owner]) / counts.ravel()[owner]
-    at = (where + owner // 4).argsort(kind="stable")
-    size = step[owner // 4]
-    begin, size = (size.cumsum() - size)[at], size[at]
+    at = (block + where).argsort(kind="stable")
+    size = step[block]
+    begin = size.cumsum() - size
+    block, kind, begin, size = block[at], kind[at], begin[at], size[at]
     order = order[begin.repeat(size) + _expand(size)[1]]
     # Behind a step, or a pair of them.
-    block, kind = owner[at] // 4, owner[at] % 4
     behind = np.arange(len(at)) + np.where(kind == 2, 2, 1)
     follower = np.minimum(behind, len(at) - 1)
     followed = (kind[follower] >= 2) & (block[follower] == block) & (behind < len(at))

@@ -458,7 +458,7 @@ def test_what_few_rows_see_is_spread_among_what_all_see():
         (32, 8, 1, 64, None, [(False, True), (True, True), (False, False)]),
         (32, 8, 1, 8192, None, [(False, True), (True, True)]),  # too dear to be read twice
         (32, 8, 20, 64, None, [(False, True), (False, False)]),  # enough tiles for all queues
-        (64, 8, 20, 2048, None, [(False, True)]),  # and the others can't take less time
+        (64, 8, 20, 2048, None, [(False, True)]),  # nor can the smallest blocks alone take less time
         (32, 8, 1, 64, 0, [(False, True)]),
         (16, 8, 1, 64, None, [(False, False)]),
         (64, 1, 1, 64, None, [(False, True), (True, True), (False, False)]),
@@ -494,20 +494,25 @@ def test_the_draft_that_should_take_the_least_time_is_made():
     assert sorted(set(best)) == [0, 1, 2]
 
 
-@given(cases(max_nodes=60, max_length=500), st.sampled_from([(8, 1), (32, 8), (64, 2)]))
+@given(
+    cases(max_nodes=60, max_length=500),
+    st.sampled_from([(8, 1), (32, 8), (64, 2)]),
+    st.none() | st.integers(1, 500),
+)
 @settings(max_examples=150, deadline=None)
-def test_what_is_not_drafted_takes_longer(case, heads):
-    """By the same measure by which one of the drafts is chosen."""
+def test_what_is_not_drafted_takes_longer(case, heads, window):
+    """By `_duration`, by which one of the drafts is chosen; with a window there is no bound."""
     heads, bounds = HEADS._replace(query=heads[0], kv=heads[1]), []
     case = case._replace(heads=heads)
     machine, bound = Machine.gpu(4, heads, 9), planner._least_duration
-    plan, _ = drafts_of(*case[:5], machine)
+    plan = make_plan(*case[:5], machine, window=window)
     with mock.patch.object(planner, "_least_duration", lambda *x: bounds.append(bound(*x)) or 0):
-        searched, drafts = drafts_of(*case[:5], machine)
+        searched, drafts = drafts_of(*case[:5], machine, window=window)
     assert all(map(np.array_equal, plan.tables, searched.tables))
-    given, small = drafts[-1]
-    if bounds and len(drafts) > 1 and not given[-1]:
-        assert bounds[0] <= planner._duration(small, heads, machine)
+    assert window is None or not bounds
+    (*_, spread), last = drafts[-1]
+    if bounds and len(drafts) > 1 and not spread:
+        assert bounds[0] <= planner._duration(last, heads, machine)
 
 
 def _time(tables, heads):
@@ -573,6 +578,17 @@ def test_rows_that_see_nothing():
         assert tables.merge_ptr.tolist() == [0] * (len(node) + 1)
     empty = Nodes(*(np.empty(0, np.int32),) * 4, np.zeros(1, np.int32), np.empty(0, np.int32))
     assert len(plan_of(empty, [-1], [0]).tables.blocks) == 0
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_empty_nodes(machine):
+    nodes = nodes_of([0, 1, 2, 1, 0], [0, 40, 0, 30, 0])
+    case = Case(nodes, np.arange(5), np.array([0, 39, 39, 29, 0]), HEADS, 16, 1)
+    tables = make_plan(*case[:5], machine).tables
+    assert (tables.chunks[:, 1] > 0).any()
+    assert_covers(tables, case, case.position)
+    empty = make_plan(nodes_of([0], [0]), case.node[:1], case.position[:1], HEADS, 16, machine)
+    assert empty.kv_tokens == 0
 
 
 def test_tensor_holds_the_tables():

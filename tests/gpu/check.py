@@ -285,7 +285,7 @@ def _spread(case, q, k, v, sinks, options, dtype) -> float:
 
 
 def _apart(pages: torch.Tensor) -> torch.Tensor:
-    """The same pages, evenly over 2^32 elements."""
+    """The same pages, evenly over 2^32 elements, NaN between them."""
     size = pages[0].numel()
     step = (1 << 32) // len(pages) // size * size
     whole = torch.full((len(pages), step), torch.nan, dtype=pages.dtype, device=pages.device)
