@@ -53,6 +53,7 @@ def section(name: str) -> str:
         "kernels-slower-h200": slower,
         "kernels-ideas-h200": ideas,
         "kernels-irregular-h200": shares,
+        "kernels-products-h200": products,
         "long-h200": long,
         "first-h200": first,
         "first-made-h200": first,
@@ -100,7 +101,8 @@ def long(results: dict) -> str:
     return (
         f"With {row['workload']} and {row['new_tokens']:,} new tokens ({row['mode']}), a step "
         f"grows from {row['early_ms']:.2f} ms (100th to 200th token) to {row['late_ms']:.2f} ms "
-        f"(last 100). To read the K and V added in between takes {row['grown_ms']:.2f} ms."
+        f"(last 100). To read the K and V added in between takes {row['grown_ms']:.2f} ms at 4.3 "
+        "TB/s."
     )
 
 
@@ -133,29 +135,38 @@ def kernels(results: dict) -> str:
         f"{results['method']}. Roofline: {results['roofline']}. The best peer of a case is the "
         "fastest of 13 variants of PAT's own CUDA, FlashInfer, FastTree, DeFT, Hydragen and "
         "PyTorch's SDPA, measured apart with pages of 32 tokens (`benchmarks/peers-h200.json`). "
-        f"The largest error is {worst:.0%} of twice that of PyTorch's SDPA in fp16.\n\n"
-        + "\n".join(lines)
+        f"The largest error is {worst:.0%} of twice that of PyTorch's SDPA in fp16. "
+        f"{planning(results['rows'])}\n\n" + "\n".join(lines)
     )
 
 
 def strewn(results: dict) -> str:
     """The 80 cases with other pages."""
-    return f"With pages at random, all over the pool: {speed(results['rows'])}."
+    return f"With pages at random, all over the pool: {against_peers(results['rows'])}."
 
 
 def slower(results: dict) -> str:
-    """The 80 cases on another card, and what planning takes its host."""
-    rows = results["rows"]
+    """The 80 cases on another card."""
+    return f"On a slower card of the same kind: {against_peers(results['rows'])}."
+
+
+def planning(rows: list[dict]) -> str:
+    """What plans take the host."""
+    shares = {
+        (row["tree"], row["heads"]): row["plan_ms"] / row["us"] * 1e3 / LAYERS for row in rows
+    }
+    many = [share for (tree, _), share in shares.items() if ",1024_" in tree]
     times = [row["plan_ms"] for row in rows]
-    parts = [row["plan_ms"] * 1e3 / (LAYERS * row["us"]) for row in rows if ",1024_" in row["tree"]]
     return (
-        f"On a slower card of the same kind: {speed(rows)}. To plan takes its host "
-        f"{min(times):.1f} to {max(times):.1f} ms; where 1,024 requests share, {min(parts):.0%} to "
-        f"{max(parts):.0%} of what attention takes in a step of {LAYERS} layers."
+        f"To plan takes the host {min(times):.1f} to {max(times):.1f} ms, once for up to a page of "
+        f"steps: {min(shares.values()):.0%} to {max(shares.values()):.0%} of what attention takes "
+        f"in one step of {LAYERS} layers, {min(many):.0%} to {max(many):.0%} where 1,024 requests "
+        "share."
     )
 
 
-def speed(rows: list[dict]) -> str:
+def against_peers(rows: list[dict]) -> str:
+    """Speed beside the best peers'."""
     ratios = [row["best_us"] / row["us"] for row in rows]
     return (
         f"{mean(ratios):.2f}x the best peer, {min(ratios):.3f}x at least, ahead in "
@@ -213,6 +224,18 @@ def shares(results: dict) -> str:
         times = [row["without_us"][idea] / row["us"] for row in random]
         worth.append(f"{mean(times):.2f}x without {IDEAS[idea]} (at most {max(times):.2f}x)")
     return "\n".join(lines) + f"\n\nThe random ones take {' and '.join(worth)}." * bool(worth)
+
+
+def products(results: dict) -> str:
+    """TFLOP/s, by tree and heads."""
+    speed = {(row["tree"], row["heads"]): row["tflop_s"] for row in results["rows"]}
+    trees, heads = (list(dict.fromkeys(names)) for names in zip(*speed, strict=True))
+    lines = [f"| tree | {' | '.join(f'{name} heads' for name in heads)} |"]
+    lines.append("| --- " * (1 + len(heads)) + "|")
+    for tree in trees:
+        figures = " | ".join(f"{speed[tree, name]:.0f}" for name in heads)
+        lines.append(f"| {tree} | {figures} |")
+    return "\n".join(lines)
 
 
 def mean(values: Iterable[float]) -> float:
