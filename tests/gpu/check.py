@@ -3,7 +3,10 @@
 On a GPU:          python tests/gpu/check.py
 Without one:       TRITON_INTERPRET=1 python tests/gpu/check.py --small
                    as on GPUs of capabilities 8.0 and 9.0, one after the other
-Under a sanitizer: compute-sanitizer --tool memcheck python tests/gpu/check.py --small --repeat 1
+Under a sanitizer: compute-sanitizer --tool memcheck --report-api-errors no
+                   python tests/gpu/check.py --small --repeat 1
+                   or initcheck. racecheck knows no mbarriers: of Hopper's kernel it reports what
+                   these order, and zeros that both groups write to one tile.
 """
 
 from __future__ import annotations
