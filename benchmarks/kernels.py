@@ -9,10 +9,11 @@ A tree "1,10_4096,416" has 1 node of 4,096 tokens and below it 10 of 416; one qu
 shuffled order. Pages are numbered along the tree, as a new cache does, or at random. Where a plan
 leaves nothing to merge, no merge is launched. A row of the result: tree, heads, us (median),
 roofline_us, error (the largest over some rows, against float64), bound (twice that of PyTorch's
-SDPA plus 1e-5), kv_mb (distinct K and V), tb_s (kv_mb over us), share (of the roofline, net of
-`one_kernel_us`, what a graph of one tiny kernel takes, at most FLOOR_US), eager_us (mean of eager
-calls in a row, so with a warm L2), sdpa_us, best_us (the fastest peer's time, from
-peers-h200.json), without_us (times with one idea left out).
+SDPA plus 1e-5), kv_mb (distinct K and V), tb_s (kv_mb over us), tflop_s (products over us, of what
+requests see), share (of the roofline, net of `one_kernel_us`, what a graph of one tiny kernel
+takes, at most FLOOR_US), eager_us (mean of eager calls in a row, so with a warm L2), plan_ms
+(median, on the host), sdpa_us, best_us (the fastest peer's time, from peers-h200.json), without_us
+(times with one idea left out).
 """
 
 from __future__ import annotations

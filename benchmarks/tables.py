@@ -5,6 +5,7 @@ python benchmarks/tables.py
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -49,8 +50,12 @@ def section(name: str) -> str:
     results = json.loads((RESULTS / f"{name}.json").read_text())
     tables = {
         "kernels-h200": kernels,
-        "kernels-strewn-h200": strewn,
-        "kernels-slower-h200": slower,
+        "kernels-strewn-h200": functools.partial(
+            against_peers, "With pages at random, all over the pool"
+        ),
+        "kernels-slower-h200": functools.partial(
+            against_peers, "On a slower card of the same kind"
+        ),
         "kernels-ideas-h200": ideas,
         "kernels-irregular-h200": shares,
         "kernels-products-h200": products,
@@ -140,16 +145,6 @@ def kernels(results: dict) -> str:
     )
 
 
-def strewn(results: dict) -> str:
-    """The 80 cases with other pages."""
-    return f"With pages at random, all over the pool: {against_peers(results['rows'])}."
-
-
-def slower(results: dict) -> str:
-    """The 80 cases on another card."""
-    return f"On a slower card of the same kind: {against_peers(results['rows'])}."
-
-
 def planning(rows: list[dict]) -> str:
     """What plans take the host."""
     shares = {
@@ -165,12 +160,12 @@ def planning(rows: list[dict]) -> str:
     )
 
 
-def against_peers(rows: list[dict]) -> str:
-    """Speed beside the best peers'."""
-    ratios = [row["best_us"] / row["us"] for row in rows]
+def against_peers(where: str, results: dict) -> str:
+    """The 80 cases in a sentence."""
+    ratios = [row["best_us"] / row["us"] for row in results["rows"]]
     return (
-        f"{mean(ratios):.2f}x the best peer, {min(ratios):.3f}x at least, ahead in "
-        f"{sum(x >= 1 for x in ratios)} of {len(ratios)}"
+        f"{where}: {mean(ratios):.2f}x the best peer, {min(ratios):.3f}x at least, ahead in "
+        f"{sum(x >= 1 for x in ratios)} of {len(ratios)}."
     )
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from transformers import DynamicCache, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria
 
 import pat_hf
+from pat_hf.cache import pat_cache
 from pat_hf.cache.page_pool import SINK
 from pat_hf.kernels.plan import Plan
 
@@ -326,6 +328,20 @@ def test_finished_requests_take_no_more_pages_or_plans(mode):
         # Told by the end of the page that follows the one it finished in.
         assert leaf.length <= generated + 2 * 16
     assert len({cache.prefixes.length(r) for r in range(len(new))}) > 1
+
+
+@pytest.mark.parametrize("prompts", ["ragged", "disjoint"])
+def test_a_plan_serves_a_page_of_steps(prompts, monkeypatch):
+    _, pat = pair("Llama")
+    plans = Mock(wraps=pat_cache.make_plan)
+    monkeypatch.setattr(pat_cache, "make_plan", plans)
+    made = []
+    for steps in (2, 2 + 4 * 16):
+        plans.reset_mock()
+        cache = pat_hf.PATCache(pat, page_size=16, decode="eager")
+        generate(pat, batch(BATCHES[prompts]), cache, do_sample=False, max_new_tokens=steps)
+        made.append(plans.call_count)
+    assert made[1] - made[0] == 4
 
 
 def test_answers_that_ended_at_different_steps_are_shared_with_the_next_turn():

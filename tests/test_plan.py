@@ -458,14 +458,7 @@ def test_what_few_rows_see_is_spread_among_what_all_see():
         (32, 8, 1, 64, None, [(False, True), (True, True), (False, False)]),
         (32, 8, 1, 8192, None, [(False, True), (True, True)]),  # too dear to be read twice
         (32, 8, 20, 64, None, [(False, True), (False, False)]),  # enough tiles for all queues
-        (
-            64,
-            8,
-            20,
-            2048,
-            None,
-            [(False, True)],
-        ),  # nor can the smallest blocks alone take less time
+        (64, 8, 20, 2048, None, [(False, True)]),  # nor can small blocks take less time
         (32, 8, 1, 64, 0, [(False, True)]),
         (16, 8, 1, 64, None, [(False, False)]),
         (64, 1, 1, 64, None, [(False, True), (True, True), (False, False)]),
